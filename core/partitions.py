@@ -1,0 +1,21 @@
+"""Partitions: the fixed buckets whose Celery queues carry the doorbells.
+
+Their number is fixed because Redis serves thousands of queues slowly (a BRPOP names them all).
+"""
+
+import hashlib
+
+
+def partition_of(adapter: str, partitions: int) -> int:
+    """The bucket of an adapter, in 0 … `partitions` − 1.
+
+    `adapter` is the adapter's id as text, or the empty text for the base model itself. The hash
+    is stable across processes and releases (Python's own is salted per process).
+    """
+    digest = hashlib.blake2b(adapter.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % partitions
+
+
+def queue_name(base_model: str, partition: int) -> str:
+    """The Celery queue that carries the doorbells of one partition of one base model."""
+    return f"lorry.{base_model}.{partition}"

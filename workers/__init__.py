@@ -1,0 +1,1 @@
+"""The GPU worker and the steward: everything that runs jobs and looks after them."""

@@ -1,0 +1,140 @@
+"""What the drain needs of an engine. The vLLM engine and the simulated one both pass
+`tests/engine/contract.py`.
+
+Requests stream in and out: `submit` returns at once, and every submitted request is answered
+through `done` exactly once, aborted ones too. There is no call that waits for several requests:
+such a call would be a barrier.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from core.generation import GenerationRequest, Outcome
+
+
+class EngineDead(Exception):
+    """The engine has died or was never started; nothing more will come out of it."""
+
+
+class AdapterLoadError(Exception):
+    """The engine refused an adapter; the engine itself lives on. The message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What the engine was started with.
+
+    Args:
+        max_model_len: the context, in tokens, prompt and answer together.
+        max_num_seqs: sequences that compute at once.
+        max_loras: slots; 0 means that adapters are off.
+        max_lora_rank: the highest rank an adapter may have.
+    """
+
+    max_model_len: int
+    max_num_seqs: int
+    max_loras: int
+    max_lora_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """Who the engine is: kept on the worker's row and in every answer."""
+
+    name: str
+    version: str
+    base_model: str
+    base_revision: str
+    limits: EngineLimits
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAdapter:
+    """One adapter version whose verified files lie on the local disk.
+
+    Args:
+        lora_int_id: the version's id from Postgres, at least 1.
+        lora_name: `<lora_int_id>-<sha256>`: vLLM keys its prefix cache by it.
+        path: absolute path of the verified folder.
+        sha256: the content address.
+    """
+
+    lora_int_id: int
+    lora_name: str
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One request on its way into the engine.
+
+    Args:
+        request_id: unique in this process (job and attempt).
+        generation: endpoint and body.
+        adapter: a loaded adapter, or None for the base model.
+        cache_salt: the tenant; prefix-cache entries never cross it.
+    """
+
+    request_id: str
+    generation: GenerationRequest
+    adapter: LocalAdapter | None
+    cache_salt: str
+
+
+Done = Callable[[EngineRequest, Outcome], None]
+
+
+class Engine(Protocol):
+    """One long-lived engine, used from the event loop that started it."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Available once started."""
+        ...
+
+    async def start(self) -> None:
+        """Load the base model. Raises whatever the engine raises; nothing is left running."""
+        ...
+
+    async def load_adapter(self, adapter: LocalAdapter) -> None:
+        """Make an adapter resident in a slot. Idempotent.
+
+        The caller keeps the adapters with unfinished requests below `max_loras`: loading another
+        evicts the least recently used slot, in use or not.
+
+        Raises:
+            AdapterLoadError: the adapter cannot be used; the engine lives on.
+            EngineDead: the engine has died.
+        """
+        ...
+
+    async def remove_adapter(self, lora_int_id: int) -> None:
+        """Let a resident adapter go; its slot is free again. Unknown ids are ignored."""
+        ...
+
+    def submit(self, requests: Sequence[EngineRequest], done: Done) -> None:
+        """Feed requests; `done` is called on the event loop, once for each, in any order."""
+        ...
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Stop requests; each is answered with `Aborted` (or with what it had just finished)."""
+        ...
+
+    def progress(self) -> int:
+        """A count that rises whenever the engine's core has done work: tokens made so far."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """Submitted requests that are not answered yet."""
+        ...
+
+    async def wait_dead(self) -> str:
+        """Return, with the reason, when the engine has died."""
+        ...
+
+    async def close(self) -> None:
+        """Stop the engine and every process of it. Idempotent."""
+        ...
