@@ -4,13 +4,17 @@ Their number is fixed because Redis serves thousands of queues slowly (a BRPOP n
 """
 
 import hashlib
+from typing import Final
+
+#: The bucket of the base model's own jobs.
+BASE_PARTITION: Final = 0
 
 
 def partition_of(adapter: str, partitions: int) -> int:
     """The bucket of an adapter, in 0 … `partitions` − 1.
 
-    `adapter` is the adapter's id as text, or the empty text for the base model itself. The hash
-    is stable across processes and releases (Python's own is salted per process).
+    `adapter` is the adapter's id as text. The hash is stable across processes and releases
+    (Python's own is salted per process).
     """
     digest = hashlib.blake2b(adapter.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % partitions

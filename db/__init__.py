@@ -1,0 +1,1 @@
+"""Postgres, the doorbell and the adapter store: everything durable, and the only place with SQL."""

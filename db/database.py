@@ -1,0 +1,118 @@
+"""One connection pool per process, and what its failures mean to a caller."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Self
+
+import asyncpg
+import asyncpg.pool
+
+from core.errors import Unavailable
+
+if TYPE_CHECKING:  # asyncpg's classes are generic in its stubs alone
+    #: What a connection is, in signatures all over `db/`.
+    Connection = (
+        asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
+    )
+else:
+    Connection = asyncpg.Connection
+
+CONNECT_SECONDS = 5.0
+#: Longest wait for one statement: a network that hangs must not hang us.
+COMMAND_SECONDS = 30.0
+
+#: Failures of the connection or the server, not of the statement: another try may succeed.
+OUTAGES = (
+    OSError,
+    TimeoutError,
+    asyncio.TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.ReadOnlySQLTransactionError,
+)
+
+
+class Database:
+    """The pool. Opened and closed by the process that owns it."""
+
+    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+        self._pool = pool
+
+    @classmethod
+    async def open(cls, url: str, *, min_size: int = 1, max_size: int = 8) -> Self:
+        """Open a pool.
+
+        Args:
+            url: `postgresql://…`, as libpq writes it.
+            min_size: connections opened at once.
+            max_size: the most connections; a caller beyond them waits.
+
+        Raises:
+            Unavailable: the server cannot be reached.
+        """
+        try:
+            pool = await asyncpg.create_pool(
+                url,
+                min_size=min_size,
+                max_size=max_size,
+                timeout=CONNECT_SECONDS,
+                command_timeout=COMMAND_SECONDS,
+                server_settings={"application_name": "lorry", "timezone": "UTC"},
+            )
+        except OUTAGES as error:
+            raise unavailable(error) from error
+        return cls(pool)
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, url: str, *, max_size: int = 8) -> AsyncIterator[Self]:
+        """`open`, closed at the end of the block."""
+        database = await cls.open(url, max_size=max_size)
+        try:
+            yield database
+        finally:
+            await database.close()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """A connection from the pool, each statement its own transaction.
+
+        Raises:
+            Unavailable: Postgres cannot be reached, or was lost on the way. What was under way
+                may or may not have been committed.
+        """
+        try:
+            async with self._pool.acquire(timeout=CONNECT_SECONDS) as connection:
+                yield connection
+        except OUTAGES as error:
+            raise unavailable(error) from error
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """A connection inside one transaction, committed at the end of the block."""
+        async with self.connection() as connection, connection.transaction():
+            yield connection
+
+    async def fetch_value(self, statement: str, *arguments: Any) -> Any:
+        """The first column of the first row."""
+        async with self.connection() as connection:
+            return await connection.fetchval(statement, *arguments)
+
+    async def close(self) -> None:
+        """Close every connection; at once if they do not end within a second."""
+        try:
+            await asyncio.wait_for(self._pool.close(), 1)
+        except (TimeoutError, *OUTAGES):
+            self._pool.terminate()
+
+
+def unavailable(error: BaseException) -> Unavailable:
+    """The error a client sees when Postgres is out of reach."""
+    detail = str(error) or type(error).__name__
+    return Unavailable(f"Postgres cannot be reached ({detail}); try again in a few seconds")

@@ -1,0 +1,1 @@
+"""Alembic's migrations of Lorry's schema; run by `lorry migrate`."""
