@@ -1,0 +1,113 @@
+"""Recording: the fenced writes that finish jobs, or queue them for another try."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from db.database import Database
+from db.waiting import Line, ensure_waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one attempt. `response` is JSON text; either it or the error is given."""
+
+    id: UUID
+    attempt: int
+    response: str | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RetryLater:
+    """An attempt that failed and is to be tried again after a delay."""
+
+    id: UUID
+    attempt: int
+    delay_seconds: float
+
+
+async def record(database: Database, worker_id: int, results: Sequence[Result]) -> set[UUID]:
+    """Finish jobs in one statement: rows and answers, written only where the fence holds.
+
+    Rows are locked in id order, so that two recorders of overlapping sets never deadlock.
+
+    Returns:
+        The ids that were recorded. The others were cancelled, expired or rescued meanwhile: their
+        results are dropped.
+
+    Raises:
+        asyncpg.DataError: a row that Postgres cannot store; nothing was recorded.
+    """
+    async with database.connection() as connection:
+        rows = await connection.fetch(
+            RECORD,
+            worker_id,
+            [r.id for r in results],
+            [r.attempt for r in results],
+            [r.response for r in results],
+            [r.error_code for r in results],
+            [r.error_message for r in results],
+            [r.prompt_tokens for r in results],
+            [r.completion_tokens for r in results],
+        )
+    return {row["id"] for row in rows}
+
+
+RECORD = """
+WITH result AS MATERIALIZED (
+    SELECT * FROM unnest($2::uuid[], $3::int[], $4::text[], $5::text[], $6::text[],
+                         $7::int[], $8::int[])
+        AS r(id, attempt, response, error_code, error_message, prompt_tokens, completion_tokens)
+), fenced AS MATERIALIZED (
+    SELECT jobs.id FROM jobs JOIN result r ON r.id = jobs.id
+    WHERE jobs.attempt = r.attempt AND jobs.lease_owner = $1 AND jobs.state = 'running'
+    ORDER BY jobs.id
+    FOR NO KEY UPDATE OF jobs
+), finished AS (
+    UPDATE jobs SET
+        state = CASE WHEN r.error_code IS NULL THEN 'succeeded' ELSE 'failed' END,
+        failures = failures + CASE WHEN r.error_code IS NULL THEN 0 ELSE 1 END,
+        finished_at = now(),
+        lease_owner = NULL
+    FROM fenced JOIN result r ON r.id = fenced.id
+    WHERE jobs.id = fenced.id
+    RETURNING jobs.id, jobs.tenant_id
+), answered AS (
+    INSERT INTO job_outputs (tenant_id, job_id, response, error_code, error_message,
+                             prompt_tokens, completion_tokens)
+    SELECT f.tenant_id, f.id, r.response::json, r.error_code, r.error_message,
+           r.prompt_tokens, r.completion_tokens
+    FROM finished f JOIN result r ON r.id = f.id
+)
+SELECT id FROM finished
+"""
+
+
+async def retry_later(
+    database: Database, worker_id: int, retries: Sequence[RetryLater]
+) -> set[UUID]:
+    """Queue failed attempts again, each after its delay, where the fence holds; returns their ids."""
+    async with database.transaction() as connection:
+        rows = await connection.fetch(
+            """
+            UPDATE jobs SET state = 'queued', lease_owner = NULL, failures = failures + 1,
+                            not_before = now() + make_interval(secs => r.delay)
+            FROM unnest($2::uuid[], $3::int[], $4::float8[]) AS r(id, attempt, delay)
+            WHERE jobs.id = r.id AND jobs.attempt = r.attempt AND lease_owner = $1
+              AND state = 'running'
+            RETURNING jobs.id, base_model_id, adapter_version_id, tenant_id
+            """,
+            worker_id,
+            [r.id for r in retries],
+            [r.attempt for r in retries],
+            [r.delay_seconds for r in retries],
+        )
+        lines = {
+            Line(row["base_model_id"], row["adapter_version_id"], row["tenant_id"]) for row in rows
+        }
+        await ensure_waiting(connection, lines)
+    return {row["id"] for row in rows}
