@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -46,6 +47,10 @@ class Settings(BaseSettings):
     webhook_allow: str = Field("", description="networks of your own that webhooks may reach")
     require_keys: bool = Field(True, description="whether the API asks for a bearer key")
     log_level: str = Field("info", description="debug, info, warning or error")
+
+    def cache_folder(self) -> Path:
+        """Where local copies are kept: `LORRY_CACHE_DIR`, or the user's cache folder."""
+        return self.cache_dir or platformdirs.user_cache_path("lorry")
 
 
 def known_variables() -> set[str]:

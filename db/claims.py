@@ -33,11 +33,7 @@ class WaitingLine:
 
 @dataclass(frozen=True, slots=True)
 class ClaimedJob:
-    """A job that this worker runs, under this attempt. `body` is JSON text.
-
-    Args:
-        sha256: the adapter version's content address, None for the base model.
-    """
+    """A job that this worker runs, under this attempt. `body` is JSON text."""
 
     id: UUID
     attempt: int

@@ -1,0 +1,213 @@
+"""The recorder: results to Postgres in micro-batches, fenced, off the engine's path.
+
+Results are never thrown away for an outage: they are kept and written when Postgres is back, after
+the lease was renewed. A row that Postgres cannot store fails alone.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+from uuid import UUID
+
+import asyncpg
+import orjson
+
+from core.answers import build_response
+from core.errors import ErrorCode, Unavailable
+from core.generation import Completion, Failure, Provenance
+from core.retry import GiveUp, Retry, after_failure
+from core.settings import Settings
+from db import results
+from db.claims import ClaimedJob
+from db.database import Database
+from db.results import Result, RetryLater
+from workers.drain.lease import Lease
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FIRST_PAUSE_SECONDS: Final = 0.1
+LONGEST_PAUSE_SECONDS: Final = 2.0
+#: Deadlocks and serialisation failures: nothing was written, so the same flush may be sent again.
+TRANSIENT = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A job's attempt that has left the engine with an answer or a failure."""
+
+    job: ClaimedJob
+    outcome: Completion | Failure
+    provenance: Provenance
+
+
+class Recorder:
+    """Takes finished attempts and flushes them every `flush_seconds` or `flush_results`."""
+
+    def __init__(self, database: Database, lease: Lease, settings: Settings) -> None:
+        self._database = database
+        self._lease = lease
+        self._settings = settings
+        self._pending: list[Finished] = []
+        self._writing = 0
+        self._arrived = asyncio.Event()
+        self._full = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._jitter = random.Random()
+        self.recorded = 0
+        self.dropped = 0
+
+    @property
+    def unrecorded(self) -> int:
+        """Finished attempts that are not in Postgres yet."""
+        return len(self._pending) + self._writing
+
+    def add(self, finished: Finished) -> None:
+        """Take a finished attempt; returns at once."""
+        self._pending.append(finished)
+        self._idle.clear()
+        self._arrived.set()
+        if len(self._pending) >= self._settings.flush_results:
+            self._full.set()
+
+    def hurry(self) -> None:
+        """Flush without waiting for more: nothing else is under way."""
+        if self._pending:
+            self._full.set()
+
+    async def drained(self) -> None:
+        """Return when everything taken so far is in Postgres."""
+        await self._idle.wait()
+
+    async def flush_rest(self) -> None:
+        """Write what is left, in the caller's task: for after `run` was cancelled or has failed.
+
+        What `run` was writing at that moment is not written again: it may be committed, and if it
+        is not, its jobs are given back with the rest.
+        """
+        while self._pending:
+            batch = self._pending[: self._settings.flush_results]
+            del self._pending[: len(batch)]
+            await self._flush(batch)
+
+    async def run(self) -> None:
+        """Flush for ever.
+
+        Raises:
+            LeaseLost: this worker was declared lost; its results belong to nobody.
+        """
+        while True:
+            await self._arrived.wait()
+            await self._gather()
+            batch = self._pending[: self._settings.flush_results]
+            del self._pending[: len(batch)]
+            self._writing = len(batch)
+            await self._flush(batch)
+            self._writing = 0
+            if not self._pending:
+                self._arrived.clear()
+                self._idle.set()
+
+    async def _gather(self) -> None:
+        """Wait a moment for more results to share the flush, unless there are enough."""
+        if len(self._pending) < self._settings.flush_results:
+            try:
+                await asyncio.wait_for(self._full.wait(), self._settings.flush_seconds)
+            except TimeoutError:
+                pass
+        self._full.clear()
+
+    async def _flush(self, batch: Sequence[Finished]) -> None:
+        rows: list[Result] = []
+        retries: list[RetryLater] = []
+        for finished in batch:
+            step = self._next_step(finished)
+            if isinstance(step, Result):
+                rows.append(step)
+            else:
+                retries.append(step)
+        if rows:
+            await self._write(rows)
+        if retries:
+            await self._persist(lambda: results.retry_later(
+                self._database, self._lease.worker_id, retries
+            ))
+
+    def _next_step(self, finished: Finished) -> Result | RetryLater:
+        job, outcome = finished.job, finished.outcome
+        if isinstance(outcome, Failure):
+            decision = after_failure(
+                outcome.code, job.failures + 1, self._settings.max_attempts, self._jitter
+            )
+            match decision:
+                case Retry(delay_seconds):
+                    return RetryLater(job.id, job.attempt, delay_seconds)
+                case GiveUp(code):
+                    return Result(
+                        job.id, job.attempt, error_code=code, error_message=outcome.message
+                    )
+        response = build_response(
+            job.id,
+            job.model,
+            "chat" if job.endpoint == "chat" else "completion",
+            outcome,
+            finished.provenance,
+            int(time.time()),
+        )
+        return Result(
+            job.id,
+            job.attempt,
+            response=orjson.dumps(response).decode(),
+            prompt_tokens=outcome.prompt_tokens,
+            completion_tokens=outcome.completion_tokens,
+        )
+
+    async def _write(self, rows: Sequence[Result]) -> None:
+        """Record rows; where Postgres refuses the data, halve until the bad row is alone."""
+        try:
+            written: set[UUID] = await self._persist(
+                lambda: results.record(self._database, self._lease.worker_id, rows)
+            )
+        except asyncpg.PostgresError as error:
+            if len(rows) == 1:
+                await self._write_unstorable(rows[0], error)
+                return
+            middle = len(rows) // 2
+            await self._write(rows[:middle])
+            await self._write(rows[middle:])
+            return
+        self.recorded += len(written)
+        self.dropped += len(rows) - len(written)
+
+    async def _write_unstorable(self, row: Result, error: asyncpg.PostgresError) -> None:
+        log.error(
+            "Job's result cannot be stored: %s", error, extra={"action": "unstorable", "job": row.id}
+        )
+        if row.error_code == ErrorCode.UNSTORABLE:
+            return  # even the plain failure is refused: the lease's end will free the job
+        message = f"Postgres refused to store the result ({type(error).__name__})"
+        failed = Result(
+            row.id, row.attempt, error_code=ErrorCode.UNSTORABLE, error_message=message
+        )
+        await self._write([failed])
+
+    async def _persist(self, write: Callable[[], Awaitable[T]]) -> T:
+        """Run a write until Postgres took it; after an outage the lease is renewed first."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return await write()
+            except TRANSIENT:
+                await asyncio.sleep(self._jitter.uniform(0, pause))
+            except (Unavailable, asyncpg.InsufficientResourcesError) as error:
+                log.warning(
+                    "Results wait for Postgres: %s", error, extra={"action": "record_waits"}
+                )
+                await asyncio.sleep(pause)
+                pause = min(LONGEST_PAUSE_SECONDS, pause * 2)
+                await self._lease.renew_first()
