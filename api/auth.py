@@ -11,7 +11,7 @@ from db.tenants import DEFAULT_TENANT_ID, tenant_of_key
 
 _bearer = HTTPBearer(
     auto_error=False,
-    scheme_name="API key",
+    scheme_name="bearer",
     description="A key made by `lorry keys create`. Not looked at where keys are not required.",
 )
 

@@ -91,9 +91,9 @@ def list_(
     """List jobs, newest first."""
     from cli.client import Client
 
-    query = {"state": state.value if state else None, "model": model}
+    chosen = state.value if state else None
     with Client.from_environment() as client:
-        page = client.get("/v1/jobs", limit=limit, after=after, **query)
+        page = client.get("/v1/jobs", state=chosen, model=model, limit=limit, after=after)
     if as_json:
         show_json(page)
         return

@@ -49,8 +49,9 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     for row in rows:
         table.add_row(*(_cell(column, row.get(column)) for column in columns))
     console = Console()
-    # a pipe has no width: cutting what another program is to read would be wrong
-    console.print(table, width=None if console.is_terminal else 1000, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 10_000  # a pipe has no width: what another program reads must not be cut
+    console.print(table)
 
 
 def _cell(column: str, value: Any) -> str:

@@ -61,7 +61,7 @@ def up(
         host=host,
         port=port,
         data_dir=(data_dir or default_data_dir()).expanduser().absolute(),
-        cache_dir=_cache_dir(settings),
+        cache_dir=settings.cache_folder().expanduser().absolute(),
         engine=_engine(engine),
         require_keys=require_keys or named,
         adapters=parse_adapters(adapter or []),
@@ -166,9 +166,3 @@ def _settings(*, needs_servers: bool = True) -> "Settings":
             if not value:
                 raise UsageError(f"{name} is not set; `lorry up` runs everything on one machine")
     return settings
-
-
-def _cache_dir(settings: "Settings") -> Path:
-    import platformdirs
-
-    return (settings.cache_dir or platformdirs.user_cache_path("lorry")).expanduser().absolute()

@@ -60,13 +60,30 @@ class DoorbellConsumer:
 
     def _consume(self) -> None:
         app = celery_app(self._broker_url)
-        register_doorbell(app, self._on_doorbell)
-        work_controller(app, self._queues).start()
+        controller = work_controller(app, self._queues)
 
-    def _on_doorbell(self) -> None:
+        def on_doorbell() -> None:
+            self._hold()
+            controller.hub.call_soon(wake_when_free, controller.hub)
+
+        register_doorbell(app, on_doorbell)
+        controller.start()
+
+    def _hold(self) -> None:
         """Hold the doorbell until the core has room: the next one goes to an idle worker."""
         if not self._stopping.is_set():
             asyncio.run_coroutine_threadsafe(self._ring(), self._loop).result()
+
+
+def wake_when_free(hub: Any) -> None:
+    """Make Celery's loop look at the broker again as soon as the finished task is off its books.
+
+    With `worker_disable_prefetch` the loop asks the broker for nothing while a task is on the
+    books, and taking one off does not wake it: the next doorbell would wait for its poll, up to
+    a second. Measured: idle pickup p90 500 ms without this, 25 ms with it.
+    """
+    if worker_state.reserved_requests:
+        hub.call_later(0.001, wake_when_free, hub)
 
 
 def work_controller(app: Celery, queues: Sequence[str]) -> WorkController:

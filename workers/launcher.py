@@ -27,6 +27,7 @@ from workers.engine.selection import EngineName
 #: How the worker process itself is started; the launcher appends the specification.
 WORKER_COMMAND: Final = (sys.executable, "-m", "workers.main")
 _PR_SET_PDEATHSIG: Final = 1
+_PR_SET_CHILD_SUBREAPER: Final = 36
 #: Longest search for processes of a session that is being killed: killed ones may be slow to go.
 _KILL_SECONDS: Final = 5.0
 
@@ -101,7 +102,7 @@ def run_session(
     user: str | None = None,
     started: Callable[[int], None] | None = None,
 ) -> int:
-    """Run a child in a session of its own and leave nothing of that session behind.
+    """Run a child in a session of its own and leave nothing of what it started behind.
 
     Args:
         argv: the child's command line.
@@ -127,6 +128,7 @@ def run_session(
 
     for number in forward:
         signal.signal(number, pass_on)
+    _adopt_orphans()
     identity = pwd.getpwnam(user) if user else None
     child = subprocess.Popen(
         argv,
@@ -145,18 +147,23 @@ def run_session(
         started(child.pid)
     # Not reaped yet, the dead child keeps its pid: nobody else can have a session of that number.
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    kill_session(child.pid)
+    kill_all(child.pid)
     target = 0
     code = child.wait()
+    _reap_orphans()
     if code >= 0:
         return code
     return 0 if -code == signal.SIGTERM and signal.SIGTERM in sent else 128 - code
 
 
-def kill_session(session: int) -> None:
-    """SIGKILL every process of a session until none is alive; at most a few seconds."""
+def kill_all(session: int) -> None:
+    """SIGKILL our descendants, and every process of a session, until none is alive.
+
+    On Linux the descendants are all there is; elsewhere orphans are known by their session only.
+    Blocking, at most a few seconds.
+    """
     deadline = time.monotonic() + _KILL_SECONDS
-    while members := _living_members(session):
+    while members := _living(session):
         for member in members:
             try:
                 member.kill()
@@ -167,17 +174,36 @@ def kill_session(session: int) -> None:
         time.sleep(0.01)  # a killed process may have forked just before
 
 
-def _living_members(session: int) -> list[psutil.Process]:
-    members = []
+def _living(session: int) -> list[psutil.Process]:
+    ours = set(psutil.Process().children(recursive=True))
+    living = []
     for process in psutil.process_iter():
         try:
+            member = process in ours or os.getsid(process.pid) == session
             # A zombie has nothing left to kill, and may wait for its parent for ever.
-            ours = os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
+            if member and process.status() != psutil.STATUS_ZOMBIE:
+                living.append(process)
         except (ProcessLookupError, PermissionError, psutil.Error):
             continue
-        if ours:
-            members.append(process)
-    return members
+    return living
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of descendants whose parent dies, instead of process 1; Linux only."""
+    if prctl := _prctl():
+        prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _reap_orphans() -> None:
+    """Leave no zombie either: process 1 of a container may never reap."""
+    deadline = time.monotonic() + _KILL_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not pid:
+            time.sleep(0.01)
 
 
 def watch_parent(fd: int | None) -> None:
@@ -205,17 +231,25 @@ def _death_with_parent() -> Callable[[], None] | None:
 
     A second line: it covers the time until the child watches its pipe, on Linux only.
     """
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        prctl = ctypes.CDLL(None).prctl
-    except (OSError, AttributeError):
+    prctl = _prctl()
+    if prctl is None:
         return None
 
     def die_with_parent() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     return die_with_parent
+
+
+def _prctl() -> Callable[[int, int], int] | None:
+    """Linux's `prctl`; None elsewhere."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        prctl: Callable[[int, int], int] = ctypes.CDLL(None).prctl
+    except (OSError, AttributeError):
+        return None
+    return prctl
 
 
 def main() -> int:

@@ -28,11 +28,11 @@ from workers.celery_app import DoorbellConsumer
 from workers.drain.core import DrainCore
 from workers.drain.lease import EngineStalled, LeaseLost
 from workers.engine.protocol import Engine, EngineDead
-from workers.engine.selection import build_engine
+from workers.engine.selection import EngineName, build_engine
 from workers.launcher import WorkerSpec, watch_parent
 from workers.stop_signals import StopSignals
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("workers.main")  # __name__ is __main__ here
 
 EXIT_USAGE: Final = 2
 EXIT_ENGINE_DEAD: Final = 3
@@ -44,11 +44,12 @@ POOL_SIZE: Final = 6
 def main() -> int:
     """Run a worker to its end; returns the exit status."""
     spec = WorkerSpec.from_json(sys.argv[1])
-    watch_parent(spec.parent_fd)
+    if spec.parent_fd is not None:
+        watch_parent(spec.parent_fd)
     try:
         settings = load_settings(os.environ)
         configure_logging(settings.log_level)
-        engine = build_engine(spec.engine, spec.model, spec.flags)
+        engine = build_engine(EngineName(spec.engine), spec.model, spec.flags)
         return uvloop.run(run_worker(settings, engine))
     except UsageError as error:
         print(f"lorry: {error.message}", file=sys.stderr)

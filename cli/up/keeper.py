@@ -61,10 +61,10 @@ class Keeper:
             failures = failures + 1 if clock() - began < STEADY_SECONDS else 1
             if code == USAGE or failures >= self._tries(code):
                 times = f" {failures} times in a row" if failures > 1 else ""
-                self._raise(child, code, f"the {program.name} failed{times} (exit code {code})")
+                self._raise(child, code, f"{program.name} failed{times} (exit code {code})")
             pause = self._pause(code, failures)
             self._logs.say(
-                f"the {program.name} ended (exit code {code}); starting it again in {pause:g} s"
+                f"{program.name} ended (exit code {code}); starting it again in {pause:g} s"
             )
             await asyncio.sleep(pause)
 
@@ -79,7 +79,7 @@ class Keeper:
         children = sorted(self._children.values(), key=lambda c: ranks.get(c.program.name, -1))
         for child in children:
             if not child.ended:
-                self._logs.say(f"stopping the {child.program.name}")
+                self._logs.say(f"stopping {child.program.name}")
             await child.stop(hurry)
             child.last_words()  # all that it said is in the logs now
 

@@ -152,7 +152,7 @@ class Supervisor:
             self._program("steward", "steward"),
             self._program("worker", *worker, stop_seconds=patience),
         ):
-            self._logs.say(f"starting the {program.name}")
+            self._logs.say(f"starting {program.name}")
             group.create_task(self._keeper.keep(program))
 
     def _program(self, name: str, *arguments: str, stop_seconds: float = 10.0) -> Program:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from workers.launcher import kill_session, run_session
+from workers.launcher import kill_all, run_session
 
 #: Time for an orderly stop once `lorry up` is gone.
 GRACE_SECONDS = 5.0
@@ -86,7 +86,7 @@ def _kill(pid: int, kill: signal.Signals) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, kill)
         time.sleep(KILL_SECONDS)
-    kill_session(pid)
+    kill_all(pid)
 
 
 if __name__ == "__main__":
