@@ -18,9 +18,7 @@ class _Formatter(logging.Formatter):
 def configure_logging(level: str) -> None:
     """Log to standard error from `level` on; the libraries' chatter from warning on."""
     handler = logging.StreamHandler()
-    handler.setFormatter(
-        _Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
-    )
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

@@ -182,9 +182,7 @@ async def release(database: Database, worker_id: int, jobs: Sequence[tuple[UUID,
         return await _requeue(connection, worker_id, jobs)
 
 
-async def _requeue(
-    connection: Connection, worker_id: int, jobs: Sequence[tuple[UUID, int]]
-) -> int:
+async def _requeue(connection: Connection, worker_id: int, jobs: Sequence[tuple[UUID, int]]) -> int:
     rows = await connection.fetch(
         """
         UPDATE jobs SET state = 'queued', lease_owner = NULL, releases = releases + 1
@@ -207,4 +205,4 @@ async def version_files(database: Database, adapter_version_id: int) -> VersionF
         row = await connection.fetchrow(
             "SELECT sha256, rank FROM adapter_versions WHERE id = $1", adapter_version_id
         )
-    return row and VersionFiles(row["sha256"], row["rank"])
+    return None if row is None else VersionFiles(row["sha256"], row["rank"])

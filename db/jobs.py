@@ -137,7 +137,7 @@ async def find_idempotent(
             route,
             key,
         )
-    return row and IdempotencyRecord(row["resource_id"], row["fingerprint"])
+    return None if row is None else IdempotencyRecord(row["resource_id"], row["fingerprint"])
 
 
 _SELECT_JOB = """

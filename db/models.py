@@ -7,7 +7,7 @@ few indexes. What does not change after submission lies in `job_inputs`, what fi
 """
 
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 from sqlalchemy import (
@@ -26,7 +26,7 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSON, UUID as PgUuid
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 #: `adapter_version_id` of a job for the base model itself; version ids start at 1.
@@ -45,12 +45,12 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
         datetime: DateTime(timezone=True),
-        UUID: PgUuid(as_uuid=True),
+        UUID: postgresql.UUID(as_uuid=True),
         str: Text(),
         bytes: LargeBinary(),
-        dict[str, Any]: JSON(),
+        dict[str, Any]: postgresql.JSON(),
     }
 
 

@@ -90,7 +90,7 @@ SELECT id FROM finished
 async def retry_later(
     database: Database, worker_id: int, retries: Sequence[RetryLater]
 ) -> set[UUID]:
-    """Queue failed attempts again, each after its delay, where the fence holds; returns their ids."""
+    """Queue failed attempts again, each after its delay, where the fence holds; returns ids."""
     async with database.transaction() as connection:
         rows = await connection.fetch(
             """

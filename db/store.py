@@ -139,7 +139,7 @@ def manifest_sha256(manifest: dict[str, str]) -> str:
 
 
 def _move_into_place(scratch: Path, target: Path) -> None:
-    os.chmod(scratch, 0o755)
+    os.chmod(scratch, 0o755)  # noqa: S103 - mkdtemp makes it private; weights are not
     try:
         os.replace(scratch, target)
     except OSError:

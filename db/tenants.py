@@ -111,7 +111,9 @@ async def revoke_key(database: Database, key_id_or_prefix: str) -> bool:
         )
         if len(rows) > 1:  # raising rolls the update back
             ids = ", ".join(format_id(IdPrefix.KEY, row["id"]) for row in rows)
-            raise InvalidRequest(f"prefix {key_id_or_prefix!r} fits several keys: give one of {ids}")
+            raise InvalidRequest(
+                f"prefix {key_id_or_prefix!r} fits several keys: give one of {ids}"
+            )
     return len(rows) == 1
 
 

@@ -43,5 +43,3 @@ class AdapterFiles:
         )
         self._local[adapter_version_id] = adapter
         return adapter
-
-

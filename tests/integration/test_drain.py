@@ -47,14 +47,14 @@ async def test_adapters_in_the_engine_never_exceed_the_slots(
     for adapter in bench.adapters:
         await submit(bench.database, adapter, 40)
     flags = ("--max-loras", "2", "--max-num-seqs", "8", "--sim-step-ms", "10")
-    async with drain_core(bench, tmp_path, broker_url, *flags) as (core, engine, _):
+    async with drain_core(bench, tmp_path, broker_url, *flags) as (_, engine, _):
         most = 0
         submit_to_engine = engine.submit
 
         def watch(requests, done):  # type: ignore[no-untyped-def]
             nonlocal most
             submit_to_engine(requests, done)
-            in_engine = {s.request.adapter.lora_int_id for s in engine._sequences.values()}
+            in_engine = {s.request.adapter for s in engine._sequences.values()}
             most = max(most, len(in_engine))
 
         engine.submit = watch  # type: ignore[method-assign]
@@ -83,7 +83,7 @@ async def test_a_running_job_that_is_cancelled_leaves_the_engine(
     bench: Bench, tmp_path: Path, broker_url: str
 ) -> None:
     slow = ("--sim-step-ms", "60000")
-    async with drain_core(bench, tmp_path, broker_url, *slow) as (core, engine, _):
+    async with drain_core(bench, tmp_path, broker_url, *slow) as (_, engine, _):
         (job_id,) = await submit(bench.database, "a0")
 
         async def in_engine() -> bool:
@@ -157,7 +157,7 @@ async def test_a_dead_engine_gives_its_jobs_back(
 ) -> None:
     await submit(bench.database, "a0", 10)
     slow = ("--sim-step-ms", "60000")
-    async with drain_core(bench, tmp_path, broker_url, *slow) as (core, engine, task):
+    async with drain_core(bench, tmp_path, broker_url, *slow) as (_, engine, task):
 
         async def in_engine() -> bool:
             return engine.running == 10
@@ -172,9 +172,7 @@ async def test_a_dead_engine_gives_its_jobs_back(
     assert await states(bench.database) == {"succeeded": 10}
 
 
-async def test_a_stalled_engine_is_given_up(
-    bench: Bench, tmp_path: Path, broker_url: str
-) -> None:
+async def test_a_stalled_engine_is_given_up(bench: Bench, tmp_path: Path, broker_url: str) -> None:
     await submit(bench.database, "a0", 1)
     slow = ("--sim-step-ms", "60000")
     async with drain_core(bench, tmp_path, broker_url, *slow) as (_, engine, task):
@@ -208,7 +206,7 @@ async def test_a_worker_declared_lost_stops_and_its_late_results_are_refused(
 
 
 async def test_a_lost_lease_ends_the_core(bench: Bench, tmp_path: Path, broker_url: str) -> None:
-    async with drain_core(bench, tmp_path, broker_url) as (core, _, task):
+    async with drain_core(bench, tmp_path, broker_url) as (_, _, task):
         async with bench.database.connection() as connection:
             await connection.execute("UPDATE workers SET lost_at = now()")
         with pytest.raises(LeaseLost):

@@ -156,7 +156,7 @@ class _Watch:
     """Background tasks, none of which may end: the first failure is raised from `until`."""
 
     def __init__(self, *coroutines: Coroutine[Any, Any, None]) -> None:
-        self._tasks = [asyncio.create_task(c, name=c.__qualname__) for c in coroutines]
+        self._tasks = [asyncio.create_task(c) for c in coroutines]
 
     def add(self, task: "asyncio.Task[None]") -> None:
         """Watch one more task; this one may end."""
@@ -179,5 +179,3 @@ class _Watch:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-

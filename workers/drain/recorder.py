@@ -134,9 +134,9 @@ class Recorder:
         if rows:
             await self._write(rows)
         if retries:
-            await self._persist(lambda: results.retry_later(
-                self._database, self._lease.worker_id, retries
-            ))
+            await self._persist(
+                lambda: results.retry_later(self._database, self._lease.worker_id, retries)
+            )
 
     def _next_step(self, finished: Finished) -> Result | RetryLater:
         job, outcome = finished.job, finished.outcome
@@ -186,14 +186,14 @@ class Recorder:
 
     async def _write_unstorable(self, row: Result, error: asyncpg.PostgresError) -> None:
         log.error(
-            "Job's result cannot be stored: %s", error, extra={"action": "unstorable", "job": row.id}
+            "Job's result cannot be stored: %s",
+            error,
+            extra={"action": "unstorable", "job": row.id},
         )
         if row.error_code == ErrorCode.UNSTORABLE:
             return  # even the plain failure is refused: the lease's end will free the job
         message = f"Postgres refused to store the result ({type(error).__name__})"
-        failed = Result(
-            row.id, row.attempt, error_code=ErrorCode.UNSTORABLE, error_message=message
-        )
+        failed = Result(row.id, row.attempt, error_code=ErrorCode.UNSTORABLE, error_message=message)
         await self._write([failed])
 
     async def _persist(self, write: Callable[[], Awaitable[T]]) -> T:

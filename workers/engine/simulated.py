@@ -27,7 +27,7 @@ from workers.engine.protocol import (
 
 #: An answer's length in tokens (here: words) where nothing asks for another.
 NATURAL_TOKENS = 12
-_WORDS = "amber brook cedar delta ember fjord grove heath inlet jetty knoll larch".split()
+_WORDS = ("amber", "brook", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "knoll")
 
 
 @dataclass(slots=True)
@@ -88,7 +88,7 @@ class SimulatedEngine:
 
     async def load_adapter(self, adapter: LocalAdapter) -> None:
         self._check_alive()
-        if not os.path.isdir(adapter.path):
+        if not os.path.isdir(adapter.path):  # noqa: ASYNC240 - a local folder
             raise AdapterLoadError(f"adapter folder {adapter.path} does not exist")
         self._adapters.add(adapter.lora_int_id)
 
@@ -182,7 +182,7 @@ def _answer(request: EngineRequest, info: EngineInfo) -> tuple[Outcome, int]:
     tokens = min(natural, limit or natural)
     reason: FinishReason = "length" if limit is not None and tokens == limit else "stop"
     choices = [
-        Choice(text=" ".join(itertools.islice(_words(request, index), tokens)), finish_reason=reason)
+        Choice(" ".join(itertools.islice(_words(request, index), tokens)), reason)
         for index in range(body.get("n") or 1)
     ]
     return Completion(choices, prompt_tokens, tokens * len(choices)), tokens
@@ -196,7 +196,7 @@ def _prompt_tokens(body: Mapping[str, Any]) -> int:
 
 
 def _words(request: EngineRequest, index: int) -> Iterator[str]:
-    """Words that depend on the prompt, the adapter, the seed and the choice, and on nothing else."""
+    """Words that depend on the prompt, the adapter, the seed and the choice alone."""
     body = request.generation.body
     adapter = request.adapter.sha256 if request.adapter else "base"
     asked = str(body.get("prompt", body.get("messages")))

@@ -1,1 +1,4 @@
-"""The steward: sweeps, rescues, expires and tidies up. Any number may run; the broker may be down."""
+"""The steward: sweeps, rescues, expires and tidies up.
+
+Any number may run, and the broker may be down.
+"""
