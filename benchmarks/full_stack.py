@@ -84,9 +84,7 @@ def stack(jobs: int, folder: Path) -> float:
     return tokens / seconds
 
 
-async def submit_all(
-    base_url: str, work: list[Work]
-) -> tuple[float, float, int, dict[str, int]]:
+async def submit_all(base_url: str, work: list[Work]) -> tuple[float, float, int, dict[str, int]]:
     """Post every request, poll every job back.
 
     Returns:

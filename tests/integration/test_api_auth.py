@@ -1,40 +1,35 @@
 """Keys: who may ask, and what is said to who may not."""
 
-import pytest
-
 from db import registry
 from db.database import Database
 from db.tenants import create_key, revoke_key
 from tests.support.api import BASE, CHAT, CONTEXT, assert_problem, running_api
 
+BAD_HEADERS = [
+    (None, "no API key was given"),
+    ("Bearer", "no API key was given"),
+    ("Basic abc", "no API key was given"),
+    ("Bearer wrong", "unknown or revoked"),
+    ("Bearer ü", "unknown or revoked"),
+]
 
-@pytest.mark.parametrize(
-    ("header", "says"),
-    [
-        (None, "no API key was given"),
-        ("Bearer", "no API key was given"),
-        ("Basic abc", "no API key was given"),
-        ("Bearer wrong", "unknown or revoked"),
-        ("Bearer ü", "unknown or revoked"),
-    ],
-)
-async def test_a_missing_or_wrong_key_is_401(
-    database_url: str, header: str | None, says: str
-) -> None:
-    headers = [] if header is None else [(b"Authorization", header.encode("latin-1"))]
-    async with running_api(database_url, require_keys=True) as api:
-        for method, path in (
-            ("GET", "/v1/jobs"),
-            ("POST", "/v1/jobs"),
-            ("GET", "/v1/jobs/job_1?wait=99"),
-            ("POST", "/v1/jobs/job_1/cancel"),
-            ("GET", "/v1/models"),
-            ("GET", "/v1/models/x"),
-        ):
-            response = await api.client.request(method, path, headers=headers, content=b"{")
-            problem = assert_problem(response, 401, says)
-            assert response.headers["www-authenticate"] == "Bearer"
-            assert problem["code"] == "unauthorized"
+
+async def test_a_missing_or_wrong_key_is_401(database_url: str) -> None:
+    for header, says in BAD_HEADERS:
+        headers = [] if header is None else [(b"Authorization", header.encode("latin-1"))]
+        async with running_api(database_url, require_keys=True) as api:
+            for method, path in (
+                ("GET", "/v1/jobs"),
+                ("POST", "/v1/jobs"),
+                ("GET", "/v1/jobs/job_1?wait=99"),
+                ("POST", "/v1/jobs/job_1/cancel"),
+                ("GET", "/v1/models"),
+                ("GET", "/v1/models/x"),
+            ):
+                response = await api.client.request(method, path, headers=headers, content=b"{")
+                problem = assert_problem(response, 401, says)
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert problem["code"] == "unauthorized"
 
 
 async def test_a_revoked_key_ends_at_once(database: Database, database_url: str) -> None:

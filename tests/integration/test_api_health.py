@@ -1,6 +1,5 @@
 """/healthz and /readyz, unknown paths, and faults."""
 
-import pytest
 from fastapi import FastAPI
 
 from db import registry, workers
@@ -43,11 +42,11 @@ async def test_with_a_model_ready_means_listed_and_a_live_worker(
         assert_problem(await api.client.get("/readyz"), 503, "no worker")
 
 
-@pytest.mark.parametrize("path", ["/", "/v1/job", "/v1/jobs/", "/v1/chat/completions"])
-async def test_an_unknown_path_is_a_problem_document(database_url: str, path: str) -> None:
-    async with running_api(database_url) as api:
-        problem = assert_problem(await api.client.post(path), 404, path, "/docs")
-        assert problem["code"] == "not_found"
+async def test_an_unknown_path_is_a_problem_document(database_url: str) -> None:
+    for path in ["/", "/v1/job", "/v1/jobs/", "/v1/chat/completions"]:
+        async with running_api(database_url) as api:
+            problem = assert_problem(await api.client.post(path), 404, path, "/docs")
+            assert problem["code"] == "not_found"
 
 
 async def test_a_wrong_method_names_the_right_one(database_url: str) -> None:

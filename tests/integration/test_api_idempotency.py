@@ -109,13 +109,13 @@ async def test_keys_of_two_tenants_do_not_meet(database: Database, database_url:
     assert len(ids) == 2
 
 
-@pytest.mark.parametrize("bad", ["", "k" * 256, "a\tb", "ü"])
-async def test_a_key_is_1_to_255_printable_characters(api: Api, bad: str) -> None:
-    response = await api.client.post(
-        "/v1/jobs", json=CHAT, headers=[(b"Idempotency-Key", bad.encode("latin-1"))]
-    )
-    problem = assert_problem(response, 422, "255 printable")
-    assert problem["field"] == "Idempotency-Key"
+async def test_a_key_is_1_to_255_printable_characters(api: Api) -> None:
+    for bad in ["", "k" * 256, "a\tb", "ü"]:
+        response = await api.client.post(
+            "/v1/jobs", json=CHAT, headers=[(b"Idempotency-Key", bad.encode("latin-1"))]
+        )
+        problem = assert_problem(response, 422, "255 printable")
+        assert problem["field"] == "Idempotency-Key"
 
 
 async def test_the_longest_key_works(api: Api) -> None:

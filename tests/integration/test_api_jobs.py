@@ -8,7 +8,7 @@ import pytest
 from db import registry
 from db.database import Database
 from db.jobs import cancel
-from db.tenants import DEFAULT_TENANT_ID, create_key, tenant_of_key
+from db.tenants import DEFAULT_TENANT_ID, create_key
 from db.workers import take_ended
 from tests.support.api import (
     ANSWER,
@@ -65,21 +65,19 @@ async def test_a_failed_job_says_why(api: Api, database: Database) -> None:
     assert job["response"] is None
 
 
-@pytest.mark.parametrize(
-    "job_id",
-    ["job_" + "0" * 32, "job_x", "batch_" + "0" * 32, "0" * 32, "job_%00", "job_" + "é" * 32],
-)
-async def test_an_unknown_job_is_404(api: Api, job_id: str) -> None:
-    assert_problem(await api.client.get(f"/v1/jobs/{job_id}"), 404, "does not exist")
-    assert_problem(await api.client.post(f"/v1/jobs/{job_id}/cancel"), 404, "does not exist")
+async def test_an_unknown_job_is_404(api: Api) -> None:
+    zeros = "0" * 32
+    for job_id in (f"job_{zeros}", "job_x", f"batch_{zeros}", zeros, "job_%00", "job_" + "é" * 32):
+        assert_problem(await api.client.get(f"/v1/jobs/{job_id}"), 404, "does not exist")
+        assert_problem(await api.client.post(f"/v1/jobs/{job_id}/cancel"), 404, "does not exist")
 
 
-@pytest.mark.parametrize("wait", ["31", "-1", "nan", "inf", "soon", ""])
-async def test_a_wait_is_0_to_30_seconds(api: Api, wait: str) -> None:
-    job_id = await api.submitted(CHAT)
-    response = await api.client.get(f"/v1/jobs/{job_id}", params={"wait": wait})
-    problem = assert_problem(response, 422, "wait")
-    assert problem["field"] == "wait"
+async def test_a_wait_is_0_to_30_seconds(api: Api) -> None:
+    for wait in ["31", "-1", "nan", "inf", "soon", ""]:
+        job_id = await api.submitted(CHAT)
+        response = await api.client.get(f"/v1/jobs/{job_id}", params={"wait": wait})
+        problem = assert_problem(response, 422, "wait")
+        assert problem["field"] == "wait"
 
 
 async def test_pages_hold_every_job_once_while_new_ones_come(api: Api) -> None:
@@ -130,23 +128,23 @@ async def test_lists_are_narrowed_by_state_and_model(api: Api, database: Databas
     assert await ids(model="nobody") == []
 
 
-@pytest.mark.parametrize(
-    ("parameters", "field"),
-    [
-        ({"limit": "0"}, "limit"),
-        ({"limit": "101"}, "limit"),
-        ({"limit": "many"}, "limit"),
-        ({"state": "done"}, "state"),
-        ({"after": "job_x"}, "after"),
-        ({"after": ""}, "after"),
-        ({"model": "a\0"}, "model"),
-        ({"model": "a" * 300}, "model"),
-        ({"status": "queued"}, "status"),
-    ],
-)
-async def test_bad_parameters_are_named(api: Api, parameters: dict[str, str], field: str) -> None:
-    response = await api.client.get("/v1/jobs", params=parameters)
-    assert assert_problem(response, 422, field)["field"] == field
+BAD_PARAMETERS: list[tuple[dict[str, str], str]] = [
+    ({"limit": "0"}, "limit"),
+    ({"limit": "101"}, "limit"),
+    ({"limit": "many"}, "limit"),
+    ({"state": "done"}, "state"),
+    ({"after": "job_x"}, "after"),
+    ({"after": ""}, "after"),
+    ({"model": "a\0"}, "model"),
+    ({"model": "a" * 300}, "model"),
+    ({"status": "queued"}, "status"),
+]
+
+
+async def test_bad_parameters_are_named(api: Api) -> None:
+    for parameters, field in BAD_PARAMETERS:
+        response = await api.client.get("/v1/jobs", params=parameters)
+        assert assert_problem(response, 422, field)["field"] == field
 
 
 async def test_a_queued_job_is_cancelled_at_once(api: Api) -> None:

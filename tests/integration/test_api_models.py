@@ -8,6 +8,7 @@ from openai.types import Model
 
 from db import registry
 from db.database import Database
+from db.store import Store
 from db.tenants import create_key
 from tests.support.api import BASE, CONTEXT, Api, assert_problem, running_api
 from tests.support.jobs import fake_adapter
@@ -21,7 +22,7 @@ async def api(database: Database, database_url: str, tmp_path: Path) -> AsyncIte
         await create_key(database, tenant)
         await registry.register_adapter(
             database,
-            registry.Store.open(str(tmp_path / "store")),
+            Store.open(str(tmp_path / "store")),
             tenant=tenant,
             base_model=BASE,
             name=name,
@@ -53,16 +54,16 @@ async def test_the_list_holds_bases_and_the_tenants_own(api: Api) -> None:
         assert isinstance(model["created"], int)
 
 
-@pytest.mark.parametrize("name", ["org/base", BASE, "sql", "task:queries", "sql@1"])
-async def test_one_model_is_read_by_its_name(api: Api, name: str) -> None:
-    model = (await api.client.get(f"/v1/models/{name}")).json()
-    assert (model["id"], model["object"]) == (name, "model")
-    assert (model["version"] == 1) == name.startswith("sql")
+async def test_one_model_is_read_by_its_name(api: Api) -> None:
+    for name in ["org/base", BASE, "sql", "task:queries", "sql@1"]:
+        model = (await api.client.get(f"/v1/models/{name}")).json()
+        assert (model["id"], model["object"]) == (name, "model")
+        assert (model["version"] == 1) == name.startswith("sql")
 
 
-@pytest.mark.parametrize("name", ["secret", "secret@1", "sql@2", "sq", "%00", "x" * 3000, "a/b"])
-async def test_an_unknown_or_foreign_model_is_404(api: Api, name: str) -> None:
-    problem = assert_problem(await api.client.get(f"/v1/models/{name}"), 404, "does not exist")
-    assert "secret" not in problem.get("nearest", [])
-    if name == "sq":
-        assert problem["nearest"] == ["sql"]
+async def test_an_unknown_or_foreign_model_is_404(api: Api) -> None:
+    for name in ["secret", "secret@1", "sql@2", "sq", "%00", "x" * 3000, "a/b"]:
+        problem = assert_problem(await api.client.get(f"/v1/models/{name}"), 404, "does not exist")
+        assert "secret" not in problem.get("nearest", [])
+        if name == "sq":
+            assert problem["nearest"] == ["sql"]

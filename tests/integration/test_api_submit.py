@@ -13,6 +13,7 @@ from core.ids import new_id
 from db import registry
 from db.database import Database
 from db.jobs import get
+from db.store import Store
 from db.tenants import DEFAULT_TENANT_ID
 from tests.support.api import (
     BASE,
@@ -37,7 +38,7 @@ async def api(database: Database, database_url: str, tmp_path: Path) -> AsyncIte
     await registry.declare_base(database, BASE, CONTEXT)
     await registry.register_adapter(
         database,
-        registry.Store.open(str(tmp_path / "store")),
+        Store.open(str(tmp_path / "store")),
         tenant="default",
         base_model=BASE,
         name="sql",
@@ -82,7 +83,7 @@ async def test_202_means_committed(api: Api, database_url: str) -> None:
         row = await connection.fetchrow(
             "SELECT i.endpoint, i.body, j.tokens, j.state, w.partition FROM jobs j"
             " JOIN job_inputs i ON i.job_id = j.id"
-            " JOIN waiting_adapters w USING (base_model_id, adapter_version_id, tenant_id)"
+            " JOIN waiting_adapters w ON w.base_model_id = j.base_model_id"
             " WHERE j.id = $1",
             inside(job_id),
         )
@@ -125,63 +126,60 @@ async def test_the_doorbell_rings_after_the_commit_only(api: Api, database_url: 
     assert doorbell.rings[1] == (BASE, target.partition)
 
 
-@pytest.mark.parametrize(
-    ("body", "says"),
-    [
-        ({**CHAT, **PROMPT}, "both given"),
-        ({"model": BASE}, "messages is required (or prompt"),
-        ({**CHAT, "messages": []}, "messages must have at least 1 item"),
-        ({**CHAT, "temperature": "hot"}, "temperature must be a valid number, not 'hot'"),
-        ({**CHAT, "max_tokens": 0}, "max_tokens must be greater than or equal to 1, not 0"),
-        ({**CHAT, "max_tokens": -1}, "not -1"),
-        ({**CHAT, "max_tokens": 10**9}, f"1000000000 leaves no room .* {CONTEXT} tokens"),
-        ({**CHAT, "max_tokens": CONTEXT + 1}, f"{CONTEXT + 1} leaves no room .* {CONTEXT} tokens"),
-        ({**PROMPT, "prompt": [1] * CONTEXT}, f"{CONTEXT} token ids"),
-        (
-            {
-                **CHAT,
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "s", "schema": {"type": "strin"}},
-                },
+BAD_BODIES: list[tuple[Any, str]] = [
+    ({**CHAT, **PROMPT}, "both given"),
+    ({"model": BASE}, "messages is required (or prompt"),
+    ({**CHAT, "messages": []}, "messages must have at least 1 item"),
+    ({**CHAT, "temperature": "hot"}, "temperature must be a valid number, not 'hot'"),
+    ({**CHAT, "max_tokens": 0}, "max_tokens must be greater than or equal to 1, not 0"),
+    ({**CHAT, "max_tokens": -1}, "not -1"),
+    ({**CHAT, "max_tokens": 10**9}, f"1000000000 leaves no room .* {CONTEXT} tokens"),
+    ({**CHAT, "max_tokens": CONTEXT + 1}, f"{CONTEXT + 1} leaves no room .* {CONTEXT} tokens"),
+    ({**PROMPT, "prompt": [1] * CONTEXT}, f"{CONTEXT} token ids"),
+    (
+        {
+            **CHAT,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "s", "schema": {"type": "strin"}},
             },
-            "not a valid JSON schema",
-        ),
-        ({**CHAT, "tempurature": 1}, "tempurature is not a known field; did you mean"),
-        ({**CHAT, "stream": True}, "never streamed"),
-        ({**CHAT, "tools": []}, "tools is not supported"),
-        ({**CHAT, "webhook_url": "https://x"}, "until webhooks exist"),
-        ({**PROMPT, "prompt": ["a"]}, "one job for each"),
-        ({**CHAT, "user": "\0"}, "NUL"),
-        ({**CHAT, "deadline": 1}, "has passed"),
-        ([], "must be a JSON object"),
-    ],
-)
-async def test_bad_input_is_named_and_leaves_nothing(
-    api: Api, database: Database, body: Any, says: str
-) -> None:
-    response = await api.submit(body)
-    problem = assert_problem(response, 422)
-    assert problem["code"] == "invalid_request"
-    for part in says.split(" .* "):
-        assert part in problem["detail"]
-    assert await count(database) == await count(database, "job_inputs") == 0
+        },
+        "not a valid JSON schema",
+    ),
+    ({**CHAT, "tempurature": 1}, "tempurature is not a known field; did you mean"),
+    ({**CHAT, "stream": True}, "never streamed"),
+    ({**CHAT, "tools": []}, "tools is not supported"),
+    ({**CHAT, "webhook_url": "https://x"}, "until webhooks exist"),
+    ({**PROMPT, "prompt": ["a"]}, "one job for each"),
+    ({**CHAT, "user": "\0"}, "NUL"),
+    ({**CHAT, "deadline": 1}, "has passed"),
+    ([], "must be a JSON object"),
+]
 
 
-@pytest.mark.parametrize(
-    ("raw", "says"),
-    [
-        (b'{"model": "\xff\xfe"}', "not UTF-8: at byte 11"),
-        (b'{"model": ', "not valid JSON"),
-        (b"", "not valid JSON"),
-        (b'{"model": "sim-base", "prompt": "\\ud800"}', "prompt must not contain the lone"),
-        (b'{"a":' * 50_00, "body is longer|nested more than 200"),
-    ],
-)
-async def test_what_is_not_json_is_told_by_its_place(api: Api, raw: bytes, says: str) -> None:
-    response = await api.client.post("/v1/jobs", content=raw)
-    assert any(part in response.json()["detail"] for part in says.split("|"))
-    assert response.status_code in (413, 422)
+async def test_bad_input_is_named_and_leaves_nothing(api: Api, database: Database) -> None:
+    for body, says in BAD_BODIES:
+        response = await api.submit(body)
+        problem = assert_problem(response, 422)
+        assert problem["code"] == "invalid_request"
+        for part in says.split(" .* "):
+            assert part in problem["detail"]
+        assert await count(database) == await count(database, "job_inputs") == 0
+
+
+NOT_JSON = [
+    (b'{"model": "\xff\xfe"}', "not UTF-8: at byte 11"),
+    (b'{"model": ', "not valid JSON"),
+    (b"", "not valid JSON"),
+    (b'{"model": "sim-base", "prompt": "\\ud800"}', "prompt must not contain the lone"),
+    (b'{"a":' * 2000, "nested more than 200"),
+]
+
+
+async def test_what_is_not_json_is_told_by_its_place(api: Api) -> None:
+    for raw, says in NOT_JSON:
+        response = await api.client.post("/v1/jobs", content=raw)
+        assert_problem(response, 422, says)
 
 
 async def test_an_unknown_model_is_404_with_the_nearest_names(api: Api) -> None:

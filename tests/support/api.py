@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -14,6 +14,7 @@ from api.services import Services
 from core.ids import IdPrefix, parse_id
 from core.settings import Settings
 from db.database import Database
+from db.doorbell import Doorbell
 
 BASE = "sim-base"
 CONTEXT = 4096
@@ -61,11 +62,11 @@ async def running_api(
         yield Api(app, client)
 
 
-@dataclass
-class RecordingDoorbell:
+class RecordingDoorbell(Doorbell):
     """Keeps the rings instead of sending them."""
 
-    rings: list[tuple[str, int]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.rings: list[tuple[str, int]] = []
 
     def ring(self, base_model: str, partition: int) -> None:
         self.rings.append((base_model, partition))

@@ -136,6 +136,7 @@ class DrainCore:
             released = await claims.release(self._database, self._worker_id, jobs)
             log.info("Released %d jobs", released, extra={"action": "release", "jobs": released})
         await workers.sign_off(self._database, self._worker_id)
+        log.info("Drained", extra={"action": "drained", "recorded": self.recorder.recorded})
 
     async def _give_up_engine(self) -> None:
         """The engine is gone: record what it had finished, and queue the rest for another try."""
