@@ -1,9 +1,15 @@
 """Reading a request's body without ever holding more of it than is allowed."""
 
+from typing import Final
+
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from core.errors import BodyTooLarge, InvalidRequest
+
+#: How much of a body that is too long is read and thrown away. A connection that closes on unread
+#: bytes is reset, and its client sees a broken pipe in place of the answer.
+MOST_DISCARDED_BYTES: Final = 64 * 1024 * 1024
 
 
 async def read_json_body(request: Request, limit: int) -> bytes:
@@ -13,24 +19,31 @@ async def read_json_body(request: Request, limit: int) -> bytes:
         limit: the most bytes, `LORRY_MAX_BODY_BYTES`.
 
     Raises:
-        BodyTooLarge: it is longer, as declared or as it comes in.
+        BodyTooLarge: it is longer; only a client that asked first (`Expect`) need not send it.
         InvalidRequest: it is declared to be something else than JSON, or the client went away.
     """
     _require_json(request.headers.get("content-type"))
-    declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
-        raise _too_large(limit)
+    if "expect" in request.headers and _declared_length(request) > limit:
+        raise _too_large(limit)  # the client waits to be told before it sends
     chunks: list[bytes] = []
     size = 0
     try:
         async for chunk in request.stream():
             size += len(chunk)
-            if size > limit:  # a chunked body declares no length
-                raise _too_large(limit)
-            chunks.append(chunk)
+            if size <= limit:
+                chunks.append(chunk)
+            elif size > limit + MOST_DISCARDED_BYTES:
+                break
     except ClientDisconnect:
         raise InvalidRequest("the connection closed before the whole body had come") from None
+    if size > limit:
+        raise _too_large(limit)
     return b"".join(chunks)
+
+
+def _declared_length(request: Request) -> int:
+    declared = request.headers.get("content-length", "0")
+    return int(declared) if declared.isascii() and declared.isdigit() else 0
 
 
 def _require_json(content_type: str | None) -> None:

@@ -1,7 +1,6 @@
 """The `lorry` command. What a command needs it imports when it runs, so that help is quick."""
 
 import sys
-from typing import Annotated
 
 import typer
 
@@ -30,13 +29,12 @@ app.add_typer(keys.app, name="keys")
 @app.command()
 def demo(
     engine: services.Engine = "vllm",
-    data_dir: Annotated[str | None, typer.Option(hidden=True)] = None,
     as_json: output.AsJson = False,
 ) -> None:
     """Start a stack, send 24 prompts to four models, and show the answers side by side."""
     from cli.demo.run import run
 
-    raise typer.Exit(run(engine=engine, data_dir=data_dir, as_json=as_json))
+    raise typer.Exit(run(engine=engine, as_json=as_json))
 
 
 def main() -> None:

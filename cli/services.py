@@ -19,7 +19,7 @@ PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 Engine = Annotated[str, typer.Option(help="vllm, or simulated to try the queue without a model.")]
 Host = Annotated[str, typer.Option(help="Where to listen.")]
-Port = Annotated[int, typer.Option(help="Where to listen; 0 takes a free port.")]
+Port = Annotated[int, typer.Option(min=0, max=65_535, help="Where to listen; 0 takes a free port.")]
 EngineFlags = Annotated[
     list[str] | None,
     typer.Argument(

@@ -63,6 +63,7 @@ class Database:
                 max_size=max_size,
                 timeout=CONNECT_SECONDS,
                 command_timeout=COMMAND_SECONDS,
+                reset=_keep_session,
                 server_settings={"application_name": "lorry", "timezone": "UTC"},
             )
         except OUTAGES as error:
@@ -92,6 +93,8 @@ class Database:
                 yield connection
         except OUTAGES as error:
             raise unavailable(error) from error
+        except asyncpg.UndefinedTableError as error:
+            raise Unavailable(f"the schema is not there ({error}): run `lorry migrate`") from error
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
@@ -110,6 +113,10 @@ class Database:
             await asyncio.wait_for(self._pool.close(), 1)
         except (TimeoutError, *OUTAGES):
             self._pool.terminate()
+
+
+async def _keep_session(_connection: object) -> None:
+    """Nothing here changes a session's state, so asyncpg's reset would be a wasted round trip."""
 
 
 def unavailable(error: BaseException) -> Unavailable:

@@ -126,7 +126,7 @@ _SUBMIT_ONCE = _submit_statement(
 async def find_idempotent(
     database: Database, tenant_id: int, route: str, key: str
 ) -> IdempotencyRecord | None:
-    """What a tenant's key made on a route within the last 24 hours."""
+    """What a tenant's key made on a route; keys are dropped by the steward after 24 hours."""
     async with database.connection() as connection:
         row = await connection.fetchrow(
             """

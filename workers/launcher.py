@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Self
 
 from workers.engine.selection import EngineName
-from workers.process_tree import run_child
+from workers.process_tree import outlive_parent, run_child
 
 #: How the worker process itself is started; the launcher appends the specification.
 WORKER_COMMAND: Final = (sys.executable, "-m", "workers.main")
@@ -100,6 +100,7 @@ def watch_parent(fd: int | None) -> None:
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="watch-parent", daemon=True).start()
+    outlive_parent()
 
 
 def main() -> int:

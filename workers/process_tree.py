@@ -139,7 +139,8 @@ def _reap_orphans() -> None:
 def _death_with_parent() -> Callable[[], None] | None:
     """What the child does before it becomes its program, so that it dies with its parent.
 
-    A second line: it covers the time until the child watches its pipe, on Linux only.
+    On Linux only. A child that has others to take along watches a pipe instead, and says so by
+    `outlive_parent`; this covers the time until then.
     """
     prctl = _prctl()
     if prctl is None:
@@ -149,6 +150,15 @@ def _death_with_parent() -> Callable[[], None] | None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     return die_with_parent
+
+
+def outlive_parent() -> None:
+    """Undo the kernel's kill at the parent's death, for a child that watches for it by itself.
+
+    The kernel kills the child alone, and so fast that it could take nothing along.
+    """
+    if prctl := _prctl():
+        prctl(_PR_SET_PDEATHSIG, 0)
 
 
 def _prctl() -> Callable[[int, int], int] | None:

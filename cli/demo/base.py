@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from fasteners import InterProcessLock  # type: ignore[import-untyped]
+from fasteners import InterProcessLock
 
 DEMO_BASE = "SmolLM2-135M-Instruct"
 DEMO_CONTEXT = 8192  # max_position_embeddings of that model

@@ -34,7 +34,7 @@ _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output
 
 
 def convert(gguf: Path, out: Path) -> None:
-    """Write config, float32 weights, tokenizer and chat template of `gguf` into the folder `out`."""
+    """Write config, float32 weights, tokenizer and chat template of `gguf` into `out`."""
     reader = GGUFReader(gguf)
     meta = {name: field.contents() for name, field in reader.fields.items()}
     if meta["general.architecture"] != "llama" or meta.get("tokenizer.ggml.pre") != "smollm":
@@ -120,7 +120,11 @@ def _tokenizer(meta: dict[str, Any]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     kinds = zip(tokens, meta["tokenizer.ggml.token_type"], strict=True)
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token, kind in kinds if kind == _CONTROL]
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, kind in kinds
+            if kind == _CONTROL
+        ]
     )
     return tokenizer
 

@@ -23,7 +23,7 @@ _ASKED: dict[str, tuple[int, tuple[str, ...]]] = {
             "What is the capital of France?",
             "Name three fruits.",
             "What is a rainbow?",
-            "Say hello in Spanish.",
+            "How many days are in a week?",
             "What do plants need to grow?",
             "Give me one tip for learning to cook.",
         ),
@@ -35,7 +35,7 @@ _ASKED: dict[str, tuple[int, tuple[str, ...]]] = {
             "Table countries(id, name, continent, area). Show the three largest countries.",
             "Table films(id, title, genre, year). How many films are there of each genre?",
             "Table hotels(id, name, city, stars). Which hotels in Berlin have more than 3 stars?",
-            "Table trees(id, species, height, planted). What is the average height of each species?",
+            "Table trees(id, species, height, planted). What is the average height per species?",
             "Table guests(id, name, room, paid). Delete all guests that have paid.",
         ),
     ),
@@ -84,7 +84,9 @@ def looks_like(model: str, answer: str) -> bool:
         return _PIRATE.search(answer) is not None
     if model == "json":
         return _is_person(answer)
-    return bool(answer) and not any(looks_like(other, answer) for other in ("sql", "pirate", "json"))
+    return bool(answer) and not any(
+        looks_like(other, answer) for other in ("sql", "pirate", "json")
+    )
 
 
 def _is_person(answer: str) -> bool:

@@ -53,7 +53,7 @@ def train(name: str, base: Path, out: Path, steps: int) -> None:
         for group in optimizer.param_groups:  # a short rise, then a straight fall to zero
             group["lr"] = RATE * min(step / WARMUP, (steps - step + 1) / (steps - WARMUP + 1))
         loss = _loss(llama, batch, tokenizer.pad_token_id)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -85,8 +85,6 @@ def claim_port(host: str, port: int) -> int:
             return found
     except socket.gaierror:
         raise UsageError(f"--host {host}: no such address") from None
-    except OverflowError:
-        raise UsageError(f"--port {port}: give a port from 0 to 65535") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UsageError(

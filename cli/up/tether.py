@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from workers.launcher import kill_all, run_session
+from workers.process_tree import kill_all, run_child
 
 #: Time for an orderly stop once `lorry up` is gone.
 GRACE_SECONDS = 5.0
@@ -60,7 +60,7 @@ def main() -> int:
         signal.signal(signal.SIGQUIT, lambda _number, _frame: _thread(lambda: _kill(pid, kill)))
         _thread(lambda: _stop_at_end(args.fd, pid, stop, kill))
 
-    return run_session(
+    return run_child(
         args.argv,
         forward={signal.SIGTERM: stop, signal.SIGINT: stop},
         user=args.user,

@@ -182,7 +182,7 @@ class EngineContract:
     async def test_an_adapter_is_loaded_removed_and_loaded_again(
         self, engine: Engine, adapters: Sequence[LocalAdapter]
     ) -> None:
-        body = {"prompt": "One two three", "max_tokens": 6, "temperature": 0}
+        body = {"prompt": "The meaning of", "max_tokens": 8, "temperature": 0}
         texts = []
         for _ in range(2):
             await engine.load_adapter(adapters[0])

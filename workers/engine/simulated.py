@@ -54,6 +54,7 @@ class SimulatedEngine:
         self._sequences: dict[str, _Sequence] = {}
         self._computing = 0
         self._tokens = 0
+        self._stepped_at = time.monotonic()
         self._adapters: set[int] = set()
         self._dead: asyncio.Future[str] | None = None
 
@@ -133,10 +134,11 @@ class SimulatedEngine:
         self._start_waiting()
 
     def progress(self) -> int:
-        if self._computing and self._dead is not None and not self._dead.done():
-            # a step goes by for every sequence that computes
-            return self._tokens + int(time.monotonic() / max(self._step_seconds, 1e-3))
-        return self._tokens
+        # while anything computes, steps go by
+        alive = self._dead is not None and not self._dead.done()
+        if self._computing and alive:
+            self._stepped_at = time.monotonic()
+        return self._tokens + int(self._stepped_at / max(self._step_seconds, 1e-3))
 
     def die(self, reason: str) -> None:
         """Behave as an engine whose core has died (fault tests)."""

@@ -1,0 +1,213 @@
+"""The vLLM engine's life: start, slots, death, end.
+
+The `vllm_*` modules beside this one are the only ones that import vLLM, and they are imported
+once the environment is set: by `from_flags`, which comes before everything else.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from core.generation import Aborted
+from workers.engine.protocol import Done, EngineDead, EngineInfo, EngineRequest, LocalAdapter
+from workers.engine.vllm_environment import prepare_environment
+from workers.engine.vllm_processes import ProcessFamily
+
+if TYPE_CHECKING:
+    from workers.engine.vllm_calls import ResidentAdapter, VllmCalls
+    from workers.engine.vllm_flags import EngineFlags
+    from workers.engine.vllm_flow import RequestFlow
+
+_WATCH_SECONDS = 0.25
+_CLOSED = "the engine was closed"
+_T = TypeVar("_T")
+
+
+class VllmEngine:
+    """`Engine` by vLLM's `AsyncLLM`, whose core runs in a process of its own."""
+
+    def __init__(self, flags: "EngineFlags") -> None:
+        self._flags = flags
+        self._building: asyncio.Future[VllmCalls] | None = None
+        self._family = ProcessFamily()
+        self._calls: VllmCalls | None = None
+        self._flow: RequestFlow | None = None
+        self._info: EngineInfo | None = None
+        self._adapters: dict[int, ResidentAdapter] = {}
+        self._watcher: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._dead = asyncio.Event()
+        self._over = asyncio.Event()  # dead or closed: nothing more will come
+        self._reason = "the engine was not started"
+
+    @classmethod
+    def from_flags(cls, model: str, flags: Sequence[str]) -> "VllmEngine":
+        """An engine that is not started yet. The first call imports vLLM: about ten seconds.
+
+        Args:
+            model: a local folder, or the name of a model in the local Hugging Face cache.
+            flags: vLLM's own, as `vllm serve` takes them.
+
+        Raises:
+            UsageError: a flag, the model or the machine will not do.
+        """
+        prepare_environment()
+        from workers.engine.vllm_flags import parse_flags
+
+        return cls(parse_flags(model, flags))
+
+    @property
+    def info(self) -> EngineInfo:
+        """Available once started."""
+        if self._info is None:
+            raise EngineDead(self._reason)
+        return self._info
+
+    @property
+    def running(self) -> int:
+        """Submitted requests that are not answered yet."""
+        return self._flow.running if self._flow else 0
+
+    def progress(self) -> int:
+        """Tokens worked on so far, prompts included."""
+        return self._calls.work.value if self._calls else 0
+
+    async def start(self) -> None:
+        """Load the base model, in a thread: the loop and its signals stay live meanwhile.
+
+        Raises:
+            EngineDead: `close` came in between.
+            Exception: whatever vLLM raises. Nothing is left running then.
+        """
+        try:
+            calls = await self._build()
+            await self._unless_over(calls.listen())
+        except BaseException as error:
+            closed = self._closing is not None
+            await self.close()
+            if closed and isinstance(error, Exception):
+                raise EngineDead(f"{_CLOSED} while it started") from None
+            raise
+        self._watcher = asyncio.create_task(self._watch(calls))
+
+    async def load_adapter(self, adapter: LocalAdapter) -> None:
+        """Make an adapter resident; see `Engine`."""
+        resident = await self._unless_over(self._alive().load(adapter))
+        self._adapters[adapter.lora_int_id] = resident
+
+    async def remove_adapter(self, lora_int_id: int) -> None:
+        """Let a resident adapter go; see `Engine`."""
+        if self._adapters.pop(lora_int_id, None) is not None:
+            await self._unless_over(self._alive().remove(lora_int_id))
+
+    def submit(self, requests: Sequence[EngineRequest], done: Done) -> None:
+        """Feed requests; see `Engine`. A dead or closed engine answers `Aborted`.
+
+        Raises:
+            EngineDead: the engine was never started.
+        """
+        if self._flow is None:
+            raise EngineDead(self._reason)
+        if self._over.is_set():
+            for request in requests:
+                asyncio.get_running_loop().call_soon(done, request, Aborted())
+            return
+        self._flow.submit([(request, self._resident(request)) for request in requests], done)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Stop requests; see `Engine`."""
+        if self._flow is not None:
+            await self._flow.abort(request_ids)
+
+    async def wait_dead(self) -> str:
+        """Return, with the reason, when the engine has died; closing it is no death."""
+        await self._dead.wait()
+        return self._reason
+
+    async def close(self) -> None:
+        """Stop the engine and every process of it, also half-way through `start`. Idempotent."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _build(self) -> "VllmCalls":
+        from workers.engine.vllm_calls import VllmCalls
+        from workers.engine.vllm_flow import RequestFlow
+
+        self._family = ProcessFamily()
+        # Not a task, which the loop's end would cancel and leave the thread unseen.
+        loop = asyncio.get_running_loop()
+        self._building = loop.run_in_executor(None, VllmCalls, self._flags.args, self._family)
+        self._calls = await asyncio.shield(self._building)
+        self._flow = RequestFlow(self._calls, self._flags.chat_template, self._die)
+        self._info = EngineInfo(
+            name="vllm",
+            version=self._calls.version,
+            base_model=self._flags.base_model,
+            base_revision=self._calls.hub_revision or self._flags.base_revision,
+            limits=self._calls.limits,
+        )
+        return self._calls
+
+    async def _watch(self, calls: "VllmCalls") -> None:
+        from workers.engine.vllm_calls import DIED
+
+        while not calls.dead:
+            await asyncio.sleep(_WATCH_SECONDS)
+        self._die(DIED)
+
+    def _die(self, reason: str) -> None:
+        if self._over.is_set():
+            return
+        self._reason = reason
+        self._over.set()
+        if self._flow is not None:
+            self._flow.drop_all()
+        self._dead.set()
+
+    async def _close(self) -> None:
+        self._over.set()
+        if not self._dead.is_set():
+            self._reason = _CLOSED
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._flow is not None:
+            self._flow.drop_all()
+        calls = self._calls or await self._stop_building()
+        if calls is not None:
+            await asyncio.to_thread(calls.shutdown)
+
+    async def _stop_building(self) -> "VllmCalls | None":
+        if self._building is None:
+            return None
+        while not self._building.done():
+            # The build fails by itself once the process that it waits for is gone.
+            await asyncio.to_thread(self._family.kill)
+            await asyncio.wait({self._building}, timeout=0.2)
+        return None if self._building.exception() else self._building.result()
+
+    def _resident(self, request: EngineRequest) -> "ResidentAdapter | None":
+        return self._adapters.get(request.adapter.lora_int_id) if request.adapter else None
+
+    def _alive(self) -> "VllmCalls":
+        if self._calls is None or self._over.is_set():
+            raise EngineDead(self._reason)
+        return self._calls
+
+    async def _unless_over(self, call: Coroutine[Any, Any, _T]) -> _T:
+        """Await a call of the core, which never answers once it is dead."""
+        task, over = asyncio.create_task(call), asyncio.create_task(self._over.wait())
+        try:
+            await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise EngineDead(self._reason)
+            return task.result()
+        except EngineDead as error:
+            self._die(str(error))
+            raise
+        finally:
+            for pending in (task, over):
+                pending.cancel()
+            with contextlib.suppress(BaseException):
+                await asyncio.gather(task, over, return_exceptions=True)
