@@ -26,6 +26,8 @@ INT64: Final = 2**63
 INT32: Final = 2**31
 #: What a completion without max_tokens gets, as in OpenAI's and vLLM's API.
 DEFAULT_COMPLETION_TOKENS: Final = 16
+#: Below this temperature vLLM samples greedily, and refuses several answers.
+GREEDY_BELOW: Final = 1e-5
 #: Arguments of the tokenizer's own function, which a template argument must not replace:
 #: `chat_template` would be code of the user's, `tokenize` and others have blocked whole servers.
 RESERVED_TEMPLATE_KWARGS: Final = frozenset(
@@ -248,6 +250,16 @@ class CommonBody(Strict):
                 f"is {self.min_tokens}, more than max_tokens ({longest}); lower it, or raise "
                 "max_tokens",
                 "min_tokens",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_copies(self) -> "CommonBody":
+        if (self.n or 1) > 1 and self.temperature is not None and self.temperature < GREEDY_BELOW:
+            raise _problem(
+                f"is {self.n} with temperature 0, which makes the same answer each time; "
+                "set n to 1, or raise the temperature",
+                "n",
             )
         return self
 

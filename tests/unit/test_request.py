@@ -37,7 +37,7 @@ def message(content: Any, role: str = "user", **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"temperature": 0, "n": 3},
+        {"temperature": 0.5, "n": 3},
         {"temperature": None, "stop": None, "prompt": None, "webhook_url": None, "tools": None},
         {"max_completion_tokens": 5},
         {"max_tokens": 5, "max_completion_tokens": 5, "min_tokens": 5},
@@ -88,6 +88,7 @@ def test_a_prompt_is_text_or_token_ids(prompt: Any) -> None:
         ({"max_tokens": 3, "min_tokens": 4}, "min_tokens", "more than max_tokens (3)"),
         ({"min_tokens": -1}, "min_tokens", "greater than or equal to 0"),
         ({"n": 0}, "n", "1"),
+        ({"n": 2, "temperature": 0}, "n", "temperature 0"),
         ({"n": 129}, "n", "128"),
         ({"seed": 2**63}, "seed", "9223372036854775808"),
         ({"seed": 1.5}, "seed", "integer"),
