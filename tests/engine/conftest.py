@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import AsyncIterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest_asyncio
 from platformdirs import user_cache_path
 from safetensors.numpy import save_file
 
-from cli.demo.base import DemoBaseError, ensure_base
+from cli.demo.base import ensure_base
 from workers.engine.protocol import Engine, LocalAdapter
 from workers.engine.selection import EngineName, build_engine
 
@@ -23,10 +22,7 @@ _SHAPES = {"q_proj": (576, 576), "k_proj": (576, 192), "v_proj": (576, 192), "o_
 @pytest.fixture(scope="session")
 def base_model() -> Path:
     """The folder of the demo's base model, where `lorry up` keeps it too."""
-    try:
-        return ensure_base(user_cache_path("lorry"), print)
-    except DemoBaseError as error:
-        pytest.skip(str(error))
+    return ensure_base(user_cache_path("lorry"), print)
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +35,6 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[LocalAdapter]:
 @pytest_asyncio.fixture(scope="session")
 async def vllm_engine(base_model: Path) -> AsyncIterator[Engine]:
     """One real engine for the whole session: it takes half a minute to start."""
-    if find_spec("vllm") is None:  # importing it here would come before its environment is set
-        pytest.skip("vLLM is not installed")
     engine = build_engine(EngineName.VLLM, str(base_model), ["--max-model-len", "1024"])
     await engine.start()
     yield engine

@@ -18,6 +18,8 @@ import psutil
 REPOSITORY = Path(__file__).parents[2]
 #: Inherited by everything that a marked process starts; no setting of Lorry's.
 MARK = "TEST_OF_LORRY"
+#: Longest run of a command that ends by itself.
+_COMMAND_SECONDS = 120.0
 _T = TypeVar("_T")
 
 
@@ -38,16 +40,14 @@ def environment(mark: str = "", **settings: str) -> dict[str, str]:
     return {**own, MARK: mark, "PYTHONPATH": str(REPOSITORY), **settings}
 
 
-def lorry(
-    *arguments: str, seconds: float = 60, **settings: str
-) -> "subprocess.CompletedProcess[str]":
+def lorry(*arguments: str, **settings: str) -> "subprocess.CompletedProcess[str]":
     """Run a command of Lorry's to its end."""
     return subprocess.run(
         [sys.executable, "-m", "cli.main", *arguments],
         env=environment(**settings),
         capture_output=True,
         text=True,
-        timeout=seconds,
+        timeout=_COMMAND_SECONDS,
         check=False,
     )
 
