@@ -63,6 +63,7 @@ async def look(
     base_model_id: int,
     *,
     partitions: Collection[int] | None = None,
+    adapters: Collection[int] | None = None,
     resident: Collection[int] = (),
     limit: int = 64,
 ) -> list[WaitingLine]:
@@ -73,6 +74,7 @@ async def look(
     Args:
         base_model_id: the worker's base.
         partitions: those the worker serves; None is all.
+        adapters: the adapter version ids that it serves; None is all.
         resident: adapter version ids in the worker's slots.
         limit: the most lines of either kind.
     """
@@ -84,6 +86,7 @@ async def look(
             list(resident),
             limit,
             COUNT_CAP,
+            None if adapters is None else list(adapters),
         )
     return [
         WaitingLine(
@@ -102,11 +105,13 @@ _LOOK = """
 WITH candidate AS (
     (SELECT adapter_version_id, tenant_id, partition, since FROM waiting_adapters
      WHERE base_model_id = $1 AND ($2::int[] IS NULL OR partition = ANY($2))
+       AND ($6::int[] IS NULL OR adapter_version_id = ANY($6))
      ORDER BY since LIMIT $4)
     UNION
     (SELECT adapter_version_id, tenant_id, partition, since FROM waiting_adapters
      WHERE base_model_id = $1 AND adapter_version_id = ANY($3::int[])
        AND ($2::int[] IS NULL OR partition = ANY($2))
+       AND ($6::int[] IS NULL OR adapter_version_id = ANY($6))
      LIMIT $4)
 )
 SELECT c.adapter_version_id, c.tenant_id, c.partition,

@@ -21,6 +21,7 @@ from workers.drain.feeder import Feeder
 from workers.drain.lease import EngineStalled, Lease, LeaseLost
 from workers.drain.recorder import Recorder
 from workers.drain.slots import Slots
+from workers.drain.turns import Turns
 from workers.engine.protocol import Engine, EngineDead
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class DrainCore:
         worker_id: int,
         base_model_id: int,
         partitions: Collection[int] | None = None,
+        adapters: Collection[int] | None = None,
     ) -> None:
         self._database = database
         self._engine = engine
@@ -55,16 +57,24 @@ class DrainCore:
             busy=lambda: engine.running > 0,
         )
         self.recorder = Recorder(database, self.lease, settings)
+        self.slots = Slots(engine, files)
+        turns = Turns(
+            database,
+            self.slots,
+            base_model_id=base_model_id,
+            partitions=partitions,
+            adapters=adapters,
+            quantum_seconds=settings.quantum_seconds,
+        )
         self.feeder = Feeder(
             database=database,
             engine=engine,
-            slots=Slots(engine, files),
+            slots=self.slots,
+            turns=turns,
             recorder=self.recorder,
             doorbell=doorbell,
             settings=settings,
             worker_id=worker_id,
-            base_model_id=base_model_id,
-            partitions=partitions,
         )
 
     def stop(self) -> None:

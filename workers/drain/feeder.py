@@ -1,16 +1,13 @@
 """The feeder: keeps the engine's waiting line topped up from Postgres, never waiting for a batch.
 
-A *turn* is one line's time to be claimed from. Jobs are claimed in chunks sized to the free window
-and flow into the engine as others leave it; the tail of one line overlaps the head of the next.
+Jobs are claimed in chunks sized to the free window and flow into the engine as others leave it.
 """
 
 import asyncio
 import logging
 import math
-import time
-from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
@@ -20,39 +17,22 @@ from core.errors import AdapterInvalid, ErrorCode, Unavailable
 from core.generation import Aborted, Failure, GenerationRequest, Outcome, Provenance
 from core.settings import Settings
 from db import claims
-from db.claims import ClaimedJob, WaitingLine
+from db.claims import ClaimedJob
 from db.database import Database
 from db.doorbell import Doorbell
-from db.waiting import Line
-from workers.drain.planner import Shares, order, should_yield
 from workers.drain.recorder import Finished, Recorder
 from workers.drain.slots import Slots
+from workers.drain.turns import Turn, Turns
 from workers.engine.protocol import AdapterLoadError, Engine, EngineRequest, LocalAdapter
 
 log = logging.getLogger(__name__)
 
 #: The most jobs that one claim takes.
 LARGEST_CHUNK: Final = 512
-#: A line whose jobs are not due yet (they wait out a retry) is left alone this long.
-COOL_DOWN_SECONDS: Final = 0.25
+#: A claim is worth its round trips from this share of the window on, unless the engine is short.
+SMALLEST_CHUNK_SHARE: Final = 1 / 16
 #: Pause after Postgres could not be reached.
 OUTAGE_PAUSE_SECONDS: Final = 0.5
-
-
-@dataclass(slots=True)
-class Turn:
-    """A line that is being drained, since `started_at` (monotonic seconds)."""
-
-    waiting: WaitingLine
-    started_at: float = field(default_factory=time.monotonic)
-
-    @property
-    def line(self) -> Line:
-        return self.waiting.line
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,29 +52,28 @@ class Feeder:
         database: Database,
         engine: Engine,
         slots: Slots,
+        turns: Turns,
         recorder: Recorder,
         doorbell: Doorbell,
         settings: Settings,
         worker_id: int,
-        base_model_id: int,
-        partitions: Collection[int] | None,
     ) -> None:
         self._database = database
         self._engine = engine
         self._slots = slots
+        self._turns = turns
         self._recorder = recorder
         self._doorbell = doorbell
         self._settings = settings
         self._worker_id = worker_id
-        self._base_model_id = base_model_id
-        self._partitions = partitions
-        self.window = math.ceil(engine.info.limits.max_num_seqs * settings.feed_factor)
+        limits = engine.info.limits
+        self.enough = limits.max_num_seqs
+        self.window = math.ceil(limits.max_num_seqs * settings.feed_factor)
+        self.token_window = math.ceil(limits.cache_tokens * settings.feed_factor)
         self._running: dict[str, Running] = {}
+        self._running_tokens = 0
         self._cut_off: list[ClaimedJob] = []
         self._cancelled: set[str] = set()
-        self._turn: Turn | None = None
-        self._cool_until: dict[Line, float] = {}
-        self._served: Counter[int] = Counter()
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
@@ -109,7 +88,12 @@ class Feeder:
 
     @property
     def free(self) -> int:
-        """How many jobs may be claimed now. Unrecorded results count: Postgres sets the pace."""
+        """How many jobs may be claimed now: room by count, nothing once the tokens suffice.
+
+        Unrecorded results count too: Postgres sets the pace when it is slow.
+        """
+        if self.token_window and self._running_tokens >= self.token_window:
+            return 0
         backlog = max(0, self._recorder.unrecorded - 4 * self._settings.flush_results)
         return self.window - len(self._running) - backlog
 
@@ -155,110 +139,64 @@ class Feeder:
                 await asyncio.wait_for(self._wake.wait(), self._settings.poll_seconds)
             except TimeoutError:
                 pass
-        if self._turn is not None:
-            await self._end_turn(self._turn)
+        try:
+            if self._turns.current is not None:
+                await self._turns.end(self._turns.current)
+        except Unavailable:
+            return  # the line stays on the waiting list, which is where it belongs
 
     async def _top_up(self) -> None:
         while not self._stopping and self.free >= self._least_chunk():
-            turn = self._turn or await self._begin_turn()
+            turn = await self._turns.current_or_next()
             if turn is None:
                 return
-            self._turn = turn
             await self._feed(turn)
-            await self._end_turn_if_over()
-        if self._turn is not None:
+            await self._turns.end_if_over(turn)
+        if (turn := self._turns.current) is not None:
             # work is left behind and this window is full: let another worker hear of it
-            self._doorbell.ring(self._engine.info.base_model, self._turn.waiting.partition)
+            self._doorbell.ring(self._engine.info.base_model, turn.waiting.partition)
 
     def _least_chunk(self) -> int:
-        """Small claims cost round trips, so wait for an eighth of the window, unless the engine
-        would run short meanwhile."""
-        if len(self._running) < self._engine.info.limits.max_num_seqs:
+        """Small claims cost round trips: wait for some room, unless the engine is running short."""
+        if len(self._running) < self.enough:
             return 1
-        return max(1, self.window // 8)
-
-    async def _begin_turn(self) -> Turn | None:
-        lines = await self._look()
-        best = order(
-            lines, self._slots.view(), Shares(self._served), self._settings.quantum_seconds
-        )
-        return Turn(best[0]) if best else None
-
-    async def _look(self) -> list[WaitingLine]:
-        seen = await claims.look(
-            self._database,
-            self._base_model_id,
-            partitions=self._partitions,
-            resident=self._slots.view().resident,
-        )
-        now = time.monotonic()
-        self._cool_until = {line: t for line, t in self._cool_until.items() if t > now}
-        for waiting in seen:
-            if waiting.jobs == 0 and waiting.line not in self._cool_until:
-                await self._settle_empty(waiting.line)
-        return [w for w in seen if w.jobs and w.line not in self._cool_until]
-
-    async def _settle_empty(self, line: Line) -> None:
-        """A line with nothing due leaves the list, or is left alone for a moment."""
-        if await claims.end_turn(self._database, line):
-            self._cool_until[line] = time.monotonic() + COOL_DOWN_SECONDS
+        return max(1, math.floor(self.window * SMALLEST_CHUNK_SHARE))
 
     async def _feed(self, turn: Turn) -> None:
         limit = min(self.free, LARGEST_CHUNK)
         try:
             adapter = await self._slots.load(turn.line.adapter_version_id)
         except (AdapterInvalid, AdapterLoadError) as error:
-            await self._fail_line(turn, limit, error)
-            return
-        jobs = await claims.claim(self._database, self._worker_id, turn.line, limit)
-        self._submit(jobs, adapter)
+            jobs = await claims.claim(self._database, self._worker_id, turn.line, limit)
+            self._fail(jobs, error)
+        else:
+            jobs = await claims.claim(self._database, self._worker_id, turn.line, limit)
+            self._submit(jobs, adapter)
+        turn.fed += len(jobs)
         if len(jobs) < limit:
-            await self._end_turn(turn)
+            await self._turns.end(turn)
 
     def _submit(self, jobs: Sequence[ClaimedJob], adapter: LocalAdapter | None) -> None:
         requests = []
         for job in jobs:
             request = engine_request(job, adapter)
             self._running[request.request_id] = Running(job, adapter)
+            self._running_tokens += job.tokens
             self._slots.enter(job.adapter_version_id, 1)
-            self._served[job.tenant_id] += job.tokens
+            self._turns.served(job.tenant_id, job.tokens)
             requests.append(request)
         if requests:
             self._engine.submit(requests, self._done)
 
-    async def _fail_line(self, turn: Turn, limit: int, error: Exception) -> None:
+    def _fail(self, jobs: Sequence[ClaimedJob], error: Exception) -> None:
         """An adapter that cannot be loaded fails its own jobs, and nothing else."""
-        log.error(
-            "Adapter cannot be used: %s",
-            error,
-            extra={"action": "adapter_failed", "adapter_version": turn.line.adapter_version_id},
-        )
         missing = isinstance(error, AdapterInvalid)
         code = ErrorCode.ADAPTER_MISSING if missing else ErrorCode.ADAPTER_LOAD_FAILED
-        jobs = await claims.claim(self._database, self._worker_id, turn.line, limit)
+        log.error("Adapter cannot be used: %s", error, extra={"action": "adapter_failed"})
         for job in jobs:
-            failure = Failure(code, str(error))
-            self._recorder.add(Finished(job, failure, self._provenance(job, None)))
-        if len(jobs) < limit:
-            await self._end_turn(turn)
-
-    async def _end_turn_if_over(self) -> None:
-        turn = self._turn
-        quantum = self._settings.quantum_seconds
-        if turn is None or turn.seconds < quantum:
-            return
-        if should_yield(turn.line, turn.seconds, await self._look(), quantum):
-            await self._end_turn(turn)
-        else:
-            turn.started_at = time.monotonic()
-
-    async def _end_turn(self, turn: Turn) -> None:
-        self._turn = None
-        for tenant_id in self._served:  # old service counts less and less
-            self._served[tenant_id] //= 2
-        left = await claims.end_turn(self._database, turn.line)
-        if left and turn.seconds < COOL_DOWN_SECONDS:
-            self._cool_until[turn.line] = time.monotonic() + COOL_DOWN_SECONDS
+            self._recorder.add(
+                Finished(job, Failure(code, str(error)), self._provenance(job, None))
+            )
 
     # -- results --------------------------------------------------------------------------
 
@@ -266,6 +204,7 @@ class Feeder:
         running = self._running.pop(request.request_id, None)
         if running is None:
             return
+        self._running_tokens -= running.job.tokens
         self._slots.leave(running.job.adapter_version_id)
         if not isinstance(outcome, Aborted):
             provenance = self._provenance(running.job, running.adapter, request)

@@ -4,6 +4,7 @@ The engine evicts its least recently used slot when another adapter is loaded, r
 the one rule here: adapters with unfinished jobs are never more than the slots.
 """
 
+import time
 from collections import Counter, OrderedDict
 
 from db.models import BASE_VERSION_ID
@@ -22,11 +23,15 @@ class Slots:
         #: least recently used first, as the engine's own cache keeps them
         self._resident: OrderedDict[int, LocalAdapter] = OrderedDict()
         self._unfinished: Counter[int] = Counter()
+        self._held_since: dict[int, float] = {}
         self.loads = 0
+        self.load_seconds = 0.0
 
     def view(self) -> SlotView:
         """The slots as the planner sees them."""
-        return SlotView(frozenset(self._unfinished), frozenset(self._resident), self._slots)
+        now = time.monotonic()
+        held = {i: now - since for i, since in self._held_since.items()}
+        return SlotView(held, frozenset(self._resident), self._slots)
 
     async def load(self, adapter_version_id: int) -> LocalAdapter | None:
         """Make an adapter resident; None stands for the base model, which needs no slot.
@@ -46,7 +51,9 @@ class Slots:
             raise RuntimeError("every slot has unfinished jobs")
         adapter = await self._files.local(adapter_version_id)
         await self._make_room()
+        started = time.monotonic()
         await self._engine.load_adapter(adapter)
+        self.load_seconds += time.monotonic() - started
         self._resident[adapter_version_id] = adapter
         self.loads += 1
         return adapter
@@ -61,6 +68,7 @@ class Slots:
         """Jobs of an adapter were fed to the engine."""
         if adapter_version_id != BASE_VERSION_ID and jobs:
             self._unfinished[adapter_version_id] += jobs
+            self._held_since.setdefault(adapter_version_id, time.monotonic())
 
     def leave(self, adapter_version_id: int) -> None:
         """One job of an adapter has left the engine."""
@@ -69,3 +77,4 @@ class Slots:
         self._unfinished[adapter_version_id] -= 1
         if self._unfinished[adapter_version_id] <= 0:
             del self._unfinished[adapter_version_id]
+            del self._held_since[adapter_version_id]

@@ -30,12 +30,14 @@ class EngineLimits:
         max_num_seqs: sequences that compute at once.
         max_loras: slots; 0 means that adapters are off.
         max_lora_rank: the highest rank an adapter may have.
+        cache_tokens: tokens that the KV cache holds; 0 where that is not known.
     """
 
     max_model_len: int
     max_num_seqs: int
     max_loras: int
     max_lora_rank: int
+    cache_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,8 @@ from workers.engine.protocol import (
 
 #: An answer's length in tokens (here: words) where nothing asks for another.
 NATURAL_TOKENS = 12
+#: The answer of the no-op mode, one for all.
+_NOOP = Completion([Choice("simulated", "length")], 1, 1)
 _WORDS = ("amber", "brook", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "knoll")
 
 
@@ -45,11 +47,18 @@ class SimulatedEngine:
     """Answers after `step_seconds` × tokens, at most `max_num_seqs` at once, first come first."""
 
     def __init__(
-        self, base_model: str, limits: EngineLimits, *, step_seconds: float, die_on: str | None
+        self,
+        base_model: str,
+        limits: EngineLimits,
+        *,
+        step_seconds: float,
+        die_on: str | None,
+        noop: bool = False,
     ) -> None:
         self._info = EngineInfo("simulated", "1", base_model, "simulated", limits)
         self._step_seconds = step_seconds
         self._die_on = die_on
+        self._noop = noop
         self._waiting: deque[_Sequence] = deque()
         self._sequences: dict[str, _Sequence] = {}
         self._computing = 0
@@ -74,6 +83,7 @@ class SimulatedEngine:
             limits,
             step_seconds=options.sim_step_ms / 1000,
             die_on=options.sim_die_on,
+            noop=options.sim_noop,
         )
 
     @property
@@ -98,11 +108,22 @@ class SimulatedEngine:
 
     def submit(self, requests: Sequence[EngineRequest], done: Done) -> None:
         for request in requests:
-            outcome, tokens = _answer(request, self._info)
+            outcome, tokens = (_NOOP, 0) if self._noop else _answer(request, self._info)
             sequence = _Sequence(request, done, outcome, tokens * self._step_seconds)
             self._sequences[request.request_id] = sequence
             self._waiting.append(sequence)
-        self._start_waiting()
+        if self._noop:
+            asyncio.get_running_loop().call_soon(self._finish_all)
+        else:
+            self._start_waiting()
+
+    def _finish_all(self) -> None:
+        """The no-op mode: everything that waits is answered at once, without a timer each."""
+        waiting, self._waiting = self._waiting, deque()
+        for sequence in waiting:
+            if self._sequences.pop(sequence.request.request_id, None) is not None:
+                self._tokens += 1
+                sequence.done(sequence.request, sequence.outcome)
 
     def _start_waiting(self) -> None:
         loop = asyncio.get_running_loop()
@@ -225,4 +246,5 @@ def _parse(flags: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-lora-rank", type=int, default=16)
     parser.add_argument("--sim-step-ms", type=float, default=1.0, help="time of one token")
     parser.add_argument("--sim-die-on", help="die when a request's body holds this text")
+    parser.add_argument("--sim-noop", action="store_true", help="one word, at once: for benchmarks")
     return parser.parse_args(list(flags))

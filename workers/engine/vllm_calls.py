@@ -71,6 +71,8 @@ class VllmCalls:
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_loras=lora.max_loras if lora else 0,
             max_lora_rank=lora.max_lora_rank if lora else 0,
+            cache_tokens=(config.cache_config.num_gpu_blocks or 0)
+            * (config.cache_config.block_size or 0),
         )
 
     @property

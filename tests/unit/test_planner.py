@@ -1,0 +1,171 @@
+"""The planner: what goes first, what is held back, and that nobody waits without bound."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from db.claims import WaitingLine
+from db.waiting import Line
+from workers.drain.planner import Shares, SlotView, closing, may_finish, order, turn_seconds
+
+QUANTUM = 10.0
+NO_SLOTS_USED = SlotView({}, frozenset(), 4)
+
+
+def waiting(
+    adapter: int,
+    *,
+    tenant: int = 1,
+    since: float = 0.0,
+    jobs: int = 10,
+    deadline: float | None = None,
+) -> WaitingLine:
+    return WaitingLine(Line(1, adapter, tenant), 0, since, 0, jobs, deadline)
+
+
+def first(
+    lines: list[WaitingLine], slots: SlotView = NO_SLOTS_USED, shares: Shares | None = None
+) -> int:
+    return order(lines, slots, shares or Shares(), QUANTUM)[0].line.adapter_version_id
+
+
+def test_a_pressing_deadline_goes_before_everything() -> None:
+    lines = [waiting(1, since=500), waiting(2, deadline=30), waiting(3, deadline=5)]
+    assert first(lines) == 3
+
+
+def test_a_far_deadline_is_no_privilege() -> None:
+    assert first([waiting(1, since=5), waiting(2, deadline=3600)]) == 1
+
+
+def test_the_tenant_served_least_goes_first() -> None:
+    lines = [waiting(1, tenant=1, since=9), waiting(2, tenant=2, since=1)]
+    assert first(lines, shares=Shares({1: 5000, 2: 10})) == 2
+
+
+def test_the_longest_wait_goes_first_within_a_tenant() -> None:
+    assert first([waiting(1, since=1), waiting(2, since=3)]) == 2
+
+
+def test_past_its_bound_a_line_goes_before_a_tenant_served_less() -> None:
+    lines = [waiting(1, tenant=1, since=11), waiting(2, tenant=2, since=1)]
+    assert first(lines, shares=Shares({1: 5000})) == 1
+
+
+def test_an_adapter_without_a_slot_waits_for_a_free_one_and_the_base_needs_none() -> None:
+    full = SlotView({7: 1.0, 8: 1.0}, frozenset({7, 8}), 2)
+    lines = [waiting(1, since=99), waiting(7), waiting(0)]
+    runnable = {w.line.adapter_version_id for w in order(lines, full, Shares(), QUANTUM)}
+    assert runnable == {7, 0}
+
+
+def test_an_adapter_that_held_a_slot_for_a_quantum_closes_while_another_is_blocked() -> None:
+    full = SlotView({7: 12.0, 8: 1.0}, frozenset({7, 8}), 2)
+    assert closing([waiting(1), waiting(7)], full, QUANTUM) == {7}
+    assert closing([waiting(7), waiting(8)], full, QUANTUM) == frozenset()
+
+
+def test_no_adapter_closes_while_a_slot_is_free() -> None:
+    roomy = SlotView({7: 99.0}, frozenset({7}), 2)
+    assert closing([waiting(1)], roomy, QUANTUM) == frozenset()
+
+
+def test_never_more_than_half_of_the_slots_close() -> None:
+    full = SlotView({i: 50.0 for i in range(10, 18)}, frozenset(), 8)
+    lines = [waiting(i) for i in range(1, 10)]
+    assert len(closing(lines, full, QUANTUM)) == 4
+    one = SlotView({9: 50.0}, frozenset({9}), 1)
+    assert closing(lines, one, QUANTUM) == {9}
+
+
+def test_as_many_turns_as_slots_fit_in_a_quantum() -> None:
+    lines = [waiting(i) for i in range(1, 41)]
+    assert turn_seconds(lines, NO_SLOTS_USED, QUANTUM) == QUANTUM / 4
+    assert turn_seconds(lines[:1], NO_SLOTS_USED, QUANTUM) == QUANTUM
+
+
+def test_a_turn_may_empty_a_line_that_is_nearly_empty() -> None:
+    assert may_finish(fed=30, left=60)
+    assert not may_finish(fed=30, left=61)
+
+
+LINES = st.lists(
+    st.builds(
+        waiting,
+        st.integers(0, 30),
+        tenant=st.integers(1, 5),
+        since=st.floats(0, 1000),
+        jobs=st.integers(0, 512),
+        deadline=st.none() | st.floats(-10, 1000),
+    ),
+    max_size=40,
+    unique_by=lambda w: w.line,
+)
+SLOTS = st.builds(
+    lambda held, slots: SlotView(dict(list(held.items())[:slots]), frozenset(held), slots),
+    st.dictionaries(st.integers(1, 30), st.floats(0, 100), max_size=8),
+    st.integers(1, 8),
+)
+
+
+@given(LINES, SLOTS)
+def test_what_may_run_never_needs_a_slot_in_use(lines: list[WaitingLine], slots: SlotView) -> None:
+    for chosen in order(lines, slots, Shares(), QUANTUM):
+        assert chosen.jobs > 0
+        adapter = chosen.line.adapter_version_id
+        assert adapter == 0 or adapter in slots.held_seconds or slots.free > 0
+
+
+@given(LINES, SLOTS)
+def test_something_stays_open_unless_there_is_one_slot(
+    lines: list[WaitingLine], slots: SlotView
+) -> None:
+    closed = closing(lines, slots, QUANTUM)
+    assert closed <= set(slots.held_seconds)
+    if slots.slots > 1 and len(slots.held_seconds) > 1:
+        assert len(closed) < len(slots.held_seconds)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lines=st.integers(1, 40),
+    slots=st.integers(1, 8),
+    tenants=st.integers(1, 5),
+    answer_seconds=st.floats(1, 30),
+    seed=st.randoms(use_true_random=False),
+)
+def test_no_line_waits_without_bound(
+    lines: int, slots: int, tenants: int, answer_seconds: float, seed: object
+) -> None:
+    """Every line floods; jobs take a while to leave their slot. Each line is served again and
+    again, within the design's bound (with room for the turns' grain)."""
+    served_at = dict.fromkeys(range(1, lines + 1), 0.0)
+    tokens: dict[int, float] = {}
+    busy_until: dict[int, float] = {}
+    held_since: dict[int, float] = {}
+    now, longest = 0.0, 0.0
+    bound = -(-lines // slots) * QUANTUM
+    for _ in range(40 * lines):
+        for adapter in [a for a, until in busy_until.items() if until <= now]:
+            del busy_until[adapter], held_since[adapter]
+        held = {a: now - since for a, since in held_since.items()}
+        view = SlotView(held, frozenset(held), slots)
+        seen = [
+            waiting(a, tenant=1 + a % tenants, since=now - at, jobs=512)
+            for a, at in served_at.items()
+        ]
+        best = order(seen, view, Shares(tokens), QUANTUM)
+        if not best:
+            now = min(busy_until.values())
+            continue
+        line = best[0].line
+        longest = max(longest, now - served_at[line.adapter_version_id])
+        now += turn_seconds(seen, view, QUANTUM)
+        served_at[line.adapter_version_id] = now
+        tokens[line.tenant_id] = tokens.get(line.tenant_id, 0) + 1000
+        busy_until[line.adapter_version_id] = now + answer_seconds
+        held_since.setdefault(line.adapter_version_id, now)
+    # a round of all lines, each round of slots held up by its longest answer
+    assert longest <= 2 * (bound + -(-lines // slots) * answer_seconds) + QUANTUM
+    assert all(
+        now - at <= longest + 2 * bound + lines * answer_seconds for at in served_at.values()
+    )
