@@ -87,18 +87,19 @@ def worker(
     model_and_flags: EngineFlags = None,
     engine: Engine = "vllm",
     name: Annotated[str, typer.Option(help="How the worker is listed.")] = "",
-    partition: Annotated[
-        list[int] | None, typer.Option(help="Serve only this partition; may be repeated.")
+    partitions: Annotated[
+        str | None, typer.Option(metavar="P,P…", help="Serve only these partitions.")
     ] = None,
-    adapter: Annotated[
-        list[str] | None, typer.Option(help="Serve only this adapter; may be repeated.")
+    adapters: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME…", help="Serve only these adapters; it then polls."),
     ] = None,
 ) -> None:
     """Run a worker: one engine, holding one base model."""
     model, flags = split_model(model_and_flags)
     if model is None:
         raise UsageError("name the MODEL before the engine's flags: lorry worker MODEL [FLAGS]")
-    _settings()
+    settings = _settings()
     from workers.launcher import WorkerSpec, launch
 
     spec = WorkerSpec(
@@ -106,8 +107,8 @@ def worker(
         engine=_engine(engine),
         flags=flags,
         name=name,
-        partitions=tuple(partition) if partition else None,
-        adapters=tuple(adapter) if adapter else None,
+        partitions=_partitions(partitions, settings.partitions),
+        adapters=None if adapters is None else tuple(_listed(adapters, "--adapters")),
     )
     raise typer.Exit(launch(spec))
 
@@ -141,6 +142,25 @@ def split_model(arguments: list[str] | None) -> tuple[str | None, tuple[str, ...
     if rest and not rest[0].startswith("-"):
         return rest[0], rest[1:]
     return None, rest
+
+
+def _partitions(text: str | None, count: int) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = _listed(text, "--partitions")
+    for part in parts:
+        if not (part.isascii() and part.isdigit() and int(part) < count):
+            raise UsageError(
+                f"--partitions {part}: give numbers from 0 to {count - 1} (LORRY_PARTITIONS)"
+            )
+    return tuple(int(part) for part in parts)
+
+
+def _listed(text: str, option: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UsageError(f"{option} {text!r}: give names separated by commas, none empty")
+    return parts
 
 
 def _engine(name: str) -> EngineName:

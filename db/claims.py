@@ -63,7 +63,7 @@ async def look(
     base_model_id: int,
     *,
     partitions: Collection[int] | None = None,
-    adapters: Collection[int] | None = None,
+    adapters: Collection[str] | None = None,
     resident: Collection[int] = (),
     limit: int = 64,
 ) -> list[WaitingLine]:
@@ -74,7 +74,8 @@ async def look(
     Args:
         base_model_id: the worker's base.
         partitions: those the worker serves; None is all.
-        adapters: the adapter version ids that it serves; None is all.
+        adapters: the adapters that it serves, by name, whatever the version and tenant; the
+            base model's name stands for its own jobs. None is all.
         resident: adapter version ids in the worker's slots.
         limit: the most lines of either kind.
     """
@@ -101,17 +102,22 @@ async def look(
     ]
 
 
-_LOOK = """
+_SERVED = """($6::text[] IS NULL OR adapter_version_id IN (
+           SELECT v.id FROM adapter_versions v JOIN adapters a ON a.id = v.adapter_id
+           WHERE a.name = ANY($6)
+           UNION ALL SELECT 0 FROM base_models WHERE id = $1 AND name = ANY($6)))"""
+
+_LOOK = f"""
 WITH candidate AS (
     (SELECT adapter_version_id, tenant_id, partition, since FROM waiting_adapters
      WHERE base_model_id = $1 AND ($2::int[] IS NULL OR partition = ANY($2))
-       AND ($6::int[] IS NULL OR adapter_version_id = ANY($6))
+       AND {_SERVED}
      ORDER BY since LIMIT $4)
     UNION
     (SELECT adapter_version_id, tenant_id, partition, since FROM waiting_adapters
      WHERE base_model_id = $1 AND adapter_version_id = ANY($3::int[])
        AND ($2::int[] IS NULL OR partition = ANY($2))
-       AND ($6::int[] IS NULL OR adapter_version_id = ANY($6))
+       AND {_SERVED}
      LIMIT $4)
 )
 SELECT c.adapter_version_id, c.tenant_id, c.partition,

@@ -33,7 +33,7 @@ class DoorbellConsumer:
         self, broker_url: str, queues: Sequence[str], loop: asyncio.AbstractEventLoop, ring: Ring
     ) -> None:
         self._broker_url = broker_url
-        self._queues = list(queues)
+        self.queues = list(queues)
         self._loop = loop
         self._ring = ring
         self._stopping = threading.Event()
@@ -60,7 +60,7 @@ class DoorbellConsumer:
 
     def _consume(self) -> None:
         app = celery_app(self._broker_url)
-        controller = work_controller(app, self._queues)
+        controller = work_controller(app, self.queues)
 
         def on_doorbell() -> None:
             self._hold()

@@ -50,7 +50,7 @@ def main() -> int:
         settings = load_settings(os.environ)
         configure_logging(settings.log_level)
         engine = build_engine(EngineName(spec.engine), spec.model, spec.flags)
-        return uvloop.run(run_worker(settings, engine))
+        return uvloop.run(run_worker(settings, engine, spec))
     except UsageError as error:
         print(f"lorry: {error.message}", file=sys.stderr)
         return EXIT_USAGE
@@ -59,13 +59,13 @@ def main() -> int:
         return 1
 
 
-async def run_worker(settings: Settings, engine: Engine) -> int:
+async def run_worker(settings: Settings, engine: Engine, spec: WorkerSpec) -> int:
     """Start the engine, register, drain until SIGTERM; returns the exit status."""
     stop = StopSignals()
     if not await stop.unless_stopped(_start_engine(engine)):
         return 0
     try:
-        return await _serve(settings, engine, stop)
+        return await _serve(settings, engine, stop, spec)
     except (EngineDead, EngineStalled) as error:
         log.error("Engine lost: %s", error, extra={"action": "engine_lost"})
         return EXIT_ENGINE_DEAD
@@ -85,7 +85,7 @@ async def _start_engine(engine: Engine) -> bool:
     return True
 
 
-async def _serve(settings: Settings, engine: Engine, stop: StopSignals) -> int:
+async def _serve(settings: Settings, engine: Engine, stop: StopSignals, spec: WorkerSpec) -> int:
     async with AsyncExitStack() as stack:
         database = await stop.unless_stopped(_open_database(settings))
         if database is None:
@@ -109,16 +109,19 @@ async def _serve(settings: Settings, engine: Engine, stop: StopSignals) -> int:
             settings=settings,
             worker_id=worker_id,
             base_model_id=base_model_id,
+            partitions=spec.partitions,
+            adapters=spec.adapters,
         )
         consumer = DoorbellConsumer(
             _required(settings.broker_url, "LORRY_BROKER_URL"),
-            [queue_name(info.base_model, p) for p in range(settings.partitions)],
+            _queues(spec, info.base_model, settings.partitions),
             asyncio.get_running_loop(),
             core.feeder.ring,
         )
-        consumer.start()
-        # the consumer stops after the core: a core that stops lets a held doorbell go
-        stack.push_async_callback(consumer.stop)
+        if consumer.queues:
+            consumer.start()
+            # it stops after the core: a core that stops lets a held doorbell go
+            stack.push_async_callback(consumer.stop)
         stop.call(core.stop)
         log.info(
             "Worker %d ready: %s on %s",
@@ -157,6 +160,18 @@ def _facts(engine: Engine, base_model_id: int) -> WorkerFacts:
             "max_lora_rank": limits.max_lora_rank,
         },
     )
+
+
+def _queues(spec: WorkerSpec, base_model: str, partitions: int) -> list[str]:
+    """The queues of the partitions that this worker serves wholly.
+
+    Of one that it serves in part it would swallow doorbells that were meant for others: a worker
+    of a few adapters consumes none, and polls.
+    """
+    if spec.adapters is not None:
+        return []
+    served = range(partitions) if spec.partitions is None else spec.partitions
+    return [queue_name(base_model, partition) for partition in served]
 
 
 def _adapter_files(settings: Settings, database: Database) -> AdapterFiles:

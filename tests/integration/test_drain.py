@@ -268,3 +268,36 @@ async def _line_of(bench: Bench, adapter: str) -> Line:
         adapter,
     )
     return Line(bench.base_model_id, version, DEFAULT_TENANT_ID)
+
+
+async def test_a_worker_of_some_adapters_leaves_the_others_alone(
+    bench: Bench, tmp_path: Path, broker_url: str
+) -> None:
+    mine = await submit(bench.database, "a1", 5)
+    await submit(bench.database, "a0", 5)
+    await submit(bench.database, BASE, 5)
+    async with drain_core(bench, tmp_path, broker_url, adapters=("a1",)):
+
+        async def mine_done() -> bool:
+            return await jobs.finished_among(bench.database, mine) == set(mine)
+
+        await eventually(mine_done, "the adapter's jobs")
+    assert await states(bench.database) == {"succeeded": 5, "queued": 10}
+    async with drain_core(bench, tmp_path, broker_url, adapters=(BASE, "a0")):
+        await eventually(lambda: all_final(bench.database), "all jobs final")
+
+
+async def test_a_worker_of_some_partitions_leaves_the_others_alone(
+    bench: Bench, tmp_path: Path, broker_url: str
+) -> None:
+    await submit(bench.database, BASE, 5)
+    async with bench.database.connection() as connection:
+        await connection.execute("UPDATE adapters SET partition = 9 WHERE name = 'a0'")
+    await submit(bench.database, "a0", 5)
+    async with drain_core(bench, tmp_path, broker_url, partitions=(9,)):
+
+        async def some_done() -> bool:
+            return (await states(bench.database))["succeeded"] == 5
+
+        await eventually(some_done, "the partition's jobs")
+    assert await states(bench.database) == {"succeeded": 5, "queued": 5}

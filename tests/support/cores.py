@@ -1,7 +1,7 @@
 """Drain cores in this process, without Celery: what tests of the drain drive."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -28,6 +28,8 @@ async def drain_core(
     *flags: str,
     settings: Settings = QUICK,
     database: Database | None = None,
+    partitions: Collection[int] | None = None,
+    adapters: Collection[str] | None = None,
 ) -> AsyncIterator[tuple[DrainCore, SimulatedEngine, "asyncio.Task[None]"]]:
     """A running core on a simulated engine; stopped in order at the end unless it has ended."""
     database = database or bench.database
@@ -44,6 +46,8 @@ async def drain_core(
         settings=settings,
         worker_id=worker_id,
         base_model_id=bench.base_model_id,
+        partitions=partitions,
+        adapters=adapters,
     )
     task = asyncio.create_task(core.run())
     try:

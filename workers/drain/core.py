@@ -41,7 +41,7 @@ class DrainCore:
         worker_id: int,
         base_model_id: int,
         partitions: Collection[int] | None = None,
-        adapters: Collection[int] | None = None,
+        adapters: Collection[str] | None = None,
     ) -> None:
         self._database = database
         self._engine = engine
@@ -114,6 +114,7 @@ class DrainCore:
             await self._give_up_engine()
             raise
         finally:
+            self.feeder.stop()  # lets a held doorbell go
             await watch.cancel()
 
     async def _watch_engine(self) -> None:

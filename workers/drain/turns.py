@@ -57,7 +57,7 @@ class Turns:
         *,
         base_model_id: int,
         partitions: Collection[int] | None,
-        adapters: Collection[int] | None,
+        adapters: Collection[str] | None,
         quantum_seconds: float,
     ) -> None:
         self._database = database
