@@ -25,7 +25,7 @@ import orjson
 import uvloop
 
 from benchmarks.bare import bare_run, report
-from benchmarks.postgres import postgres_server
+from benchmarks.servers import running_servers
 from benchmarks.workload import ENGINE_FLAGS, Work, make_adapters, make_model, requests
 from core.ids import new_id
 from core.settings import Settings
@@ -34,6 +34,7 @@ from db.bulk import submit_many
 from db.database import Database
 from db.doorbell import Doorbell
 from db.jobs import NewJob
+from db.migrate import upgrade
 from db.store import Store
 from db.tenants import DEFAULT_TENANT_ID
 from db.workers import WorkerFacts
@@ -97,15 +98,22 @@ class Bench:
         return self.folders[adapter % len(self.folders)]
 
 
-async def main() -> None:
+def main() -> None:
     options = parse()
+    with running_servers() as servers:
+        upgrade(servers.postgres_url)
+        uvloop.run(run(options, servers.postgres_url))
+
+
+async def run(options: argparse.Namespace, database_url: str) -> None:
+    """Start the engine, measure, stop it."""
     flags, model, folders = on_cpu() if options.cpu else on_gpu(options)
     engine = VllmEngine.from_flags(str(model), flags)
     started = time.perf_counter()
     await engine.start()
     report(name="engine", flags=flags, start_s=round(time.perf_counter() - started, 1))
-    with TemporaryDirectory(prefix="lorry-bench-") as folder, postgres_server(folder) as url:
-        async with Database.connect(url) as database:
+    with TemporaryDirectory(prefix="lorry-bench-") as folder:
+        async with Database.connect(database_url) as database:
             info = engine.info
             base_model_id = await registry.declare_base(
                 database, info.base_model, info.limits.max_model_len
@@ -127,7 +135,7 @@ async def measure(bench: Bench, options: argparse.Namespace) -> None:
         jobs = max(r.jobs for r in rows if r.against == name)
         bare[name] = await run_bare(bench, row, requests_for(options, jobs))
         report(name=f"bare {name}", jobs=int(jobs * options.scale), out_tok_s=round(bare[name]))
-    ratios = {}
+    ratios: dict[str, list[float]] = {}
     for repeat in range(options.repeat):
         for row in rows:
             rate, facts = await run_drain(bench, row, requests_for(options, row.jobs))
@@ -321,9 +329,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--folder", default="/tmp/lorry-bench")  # noqa: S108
+    parser.add_argument("--folder", default="/tmp/lorry-bench")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    uvloop.run(main())
+    main()

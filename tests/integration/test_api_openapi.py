@@ -54,6 +54,7 @@ def test_every_route_is_described(document: dict[str, Any]) -> None:
         "GET /v1/models/{name}",
         "GET /healthz",
         "GET /readyz",
+        "GET /metrics",
     }
     for name, operation in operations.items():
         assert operation["summary"], name

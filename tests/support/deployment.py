@@ -1,4 +1,4 @@
-"""A deployment in real processes: `lorry api`, `lorry worker` and `lorry steward` on real servers."""
+"""A deployment in real processes: `lorry api`, `worker` and `steward` on real servers."""
 
 import os
 import signal

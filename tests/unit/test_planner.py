@@ -70,7 +70,7 @@ def test_no_adapter_closes_while_a_slot_is_free() -> None:
 
 
 def test_never_more_than_half_of_the_slots_close() -> None:
-    full = SlotView({i: 50.0 for i in range(10, 18)}, frozenset(), 8)
+    full = SlotView(dict.fromkeys(range(10, 18), 50.0), frozenset(), 8)
     lines = [waiting(i) for i in range(1, 10)]
     assert len(closing(lines, full, QUANTUM)) == 4
     one = SlotView({9: 50.0}, frozenset({9}), 1)
