@@ -7,8 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import FastAPI
 
 from api.errors import handle_errors
+from api.http_metrics import HttpMetrics
+from api.metrics import ApiMetrics
 from api.openapi import PROBLEMS, describe
-from api.routes import health, jobs, models
+from api.routes import health, jobs, metrics, models
 from api.services import open_services
 from core.settings import Settings
 
@@ -25,9 +27,11 @@ def create_app(settings: Settings, ready_model: str | None = None) -> FastAPI:
         ready_model: the base model that needs a live worker before /readyz is 200, or None.
     """
 
+    counts = ApiMetrics()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_services(settings, ready_model) as services:
+        async with open_services(settings, ready_model, counts) as services:
             app.state.services = services
             yield
 
@@ -42,9 +46,10 @@ def create_app(settings: Settings, ready_model: str | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     handle_errors(app)
-    for module in (jobs, models, health):
+    for module in (jobs, models, health, metrics):
         app.include_router(module.router)
     describe(app)
+    app.add_middleware(HttpMetrics, metrics=counts)
     return app
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
+from api.metrics import ApiMetrics
 from api.waiters import Waiters
 from core.errors import Unavailable, UsageError
 from core.settings import Settings
@@ -35,6 +36,7 @@ class Services:
     doorbell: Doorbell | None
     waiters: Waiters
     ready_model: str | None
+    metrics: ApiMetrics
 
     def ring(self, base_model: str, partition: int) -> None:
         """Ring the partition's doorbell; only ever after the commit."""
@@ -43,7 +45,9 @@ class Services:
 
 
 @asynccontextmanager
-async def open_services(settings: Settings, ready_model: str | None) -> AsyncIterator[Services]:
+async def open_services(
+    settings: Settings, ready_model: str | None, metrics: ApiMetrics
+) -> AsyncIterator[Services]:
     """Open what a process needs. Postgres may be away: requests get 503 until it is back.
 
     Raises:
@@ -58,7 +62,7 @@ async def open_services(settings: Settings, ready_model: str | None) -> AsyncIte
     waiters.start()
     try:
         await _report_database(database)
-        yield Services(settings, database, doorbell, waiters, ready_model)
+        yield Services(settings, database, doorbell, waiters, ready_model, metrics)
     finally:
         # the reverse of opening: waiters query the database, and a ring follows a commit
         await waiters.close()

@@ -82,6 +82,7 @@ async def _commit(
         if earlier is not None:
             return earlier
     services.ring(target.base_model, target.partition)
+    services.metrics.submitted(target.base_model)
     return Submitted(submitted_job(job.id, request, target))
 
 

@@ -5,6 +5,7 @@ import sys
 import typer
 
 from cli import jobs, keys, models, output, services
+from cli.top import top
 from core.errors import LorryError, UsageError
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -21,6 +22,7 @@ app.command()(services.api)
 app.command(context_settings=services.PASS_THROUGH)(services.worker)
 app.command()(services.steward)
 app.command()(services.migrate)
+app.command()(top)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")

@@ -46,6 +46,10 @@ class Settings(BaseSettings):
     retention_seconds: float = Field(30 * 86_400, gt=0, description="how long finished jobs stay")
     webhook_allow: str = Field("", description="networks of your own that webhooks may reach")
     require_keys: bool = Field(True, description="whether the API asks for a bearer key")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65_535, description="a worker's port for /metrics; 0 is any free one"
+    )
+    metrics_host: str = Field("127.0.0.1", description="where a worker's /metrics listens")
     log_level: str = Field("info", description="debug, info, warning or error")
 
     def cache_folder(self) -> Path:

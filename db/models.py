@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from uuid import UUID
 
 from sqlalchemy import (
+    REAL,
     BigInteger,
     CheckConstraint,
     DateTime,
@@ -305,6 +306,24 @@ class WaitingAdapter(Base):
     since: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
 
     __table_args__ = (Index("ix_waiting_adapters_since", "base_model_id", "since"),)
+
+
+class WorkerRate(Base):
+    """What a worker gets done for an adapter version (0: the base model), rewritten every 5 s."""
+
+    __tablename__ = "worker_rates"
+
+    worker_id: Mapped[int] = mapped_column(
+        ForeignKey("workers.id", ondelete="CASCADE"), primary_key=True
+    )
+    adapter_version_id: Mapped[int] = mapped_column(primary_key=True)
+    base_model_id: Mapped[int] = mapped_column(ForeignKey("base_models.id"))
+    tokens_per_second: Mapped[float] = mapped_column(REAL)
+    jobs_per_second: Mapped[float] = mapped_column(REAL)
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+    # every update finds room on its own page
+    __table_args__ = ({"postgresql_with": {"fillfactor": "50"}},)
 
 
 class IdempotencyKey(Base):

@@ -30,6 +30,9 @@ from workers.drain.lease import EngineStalled, LeaseLost
 from workers.engine.protocol import Engine, EngineDead
 from workers.engine.selection import EngineName, build_engine
 from workers.launcher import WorkerSpec, watch_parent
+from workers.metrics import DrainMetrics
+from workers.metrics_server import served
+from workers.rates import publish_rates
 from workers.stop_signals import StopSignals
 
 log = logging.getLogger("workers.main")  # __name__ is __main__ here
@@ -37,7 +40,7 @@ log = logging.getLogger("workers.main")  # __name__ is __main__ here
 EXIT_USAGE: Final = 2
 EXIT_ENGINE_DEAD: Final = 3
 EXIT_LEASE_LOST: Final = 4
-#: Connections a worker holds at most: claims, records, heartbeat, aborts.
+#: Connections a worker holds at most: claims, records, heartbeat, aborts, rates.
 POOL_SIZE: Final = 6
 
 
@@ -62,18 +65,21 @@ def main() -> int:
 async def run_worker(settings: Settings, engine: Engine, spec: WorkerSpec) -> int:
     """Start the engine, register, drain until SIGTERM; returns the exit status."""
     stop = StopSignals()
-    if not await stop.unless_stopped(_start_engine(engine)):
-        return 0
-    try:
-        return await _serve(settings, engine, stop, spec)
-    except (EngineDead, EngineStalled) as error:
-        log.error("Engine lost: %s", error, extra={"action": "engine_lost"})
-        return EXIT_ENGINE_DEAD
-    except LeaseLost as error:
-        log.error("Lease lost: %s", error, extra={"action": "lease_lost"})
-        return EXIT_LEASE_LOST
-    finally:
-        await engine.close()
+    metrics = DrainMetrics()
+    # before the engine's minutes: a taken port is said at once
+    async with served(metrics, settings.metrics_port, settings.metrics_host):
+        if not await stop.unless_stopped(_start_engine(engine)):
+            return 0
+        try:
+            return await _serve(settings, engine, stop, spec, metrics)
+        except (EngineDead, EngineStalled) as error:
+            log.error("Engine lost: %s", error, extra={"action": "engine_lost"})
+            return EXIT_ENGINE_DEAD
+        except LeaseLost as error:
+            log.error("Lease lost: %s", error, extra={"action": "lease_lost"})
+            return EXIT_LEASE_LOST
+        finally:
+            await engine.close()
 
 
 async def _start_engine(engine: Engine) -> bool:
@@ -85,7 +91,9 @@ async def _start_engine(engine: Engine) -> bool:
     return True
 
 
-async def _serve(settings: Settings, engine: Engine, stop: StopSignals, spec: WorkerSpec) -> int:
+async def _serve(
+    settings: Settings, engine: Engine, stop: StopSignals, spec: WorkerSpec, metrics: DrainMetrics
+) -> int:
     async with AsyncExitStack() as stack:
         database = await stop.unless_stopped(_open_database(settings))
         if database is None:
@@ -111,6 +119,7 @@ async def _serve(settings: Settings, engine: Engine, stop: StopSignals, spec: Wo
             base_model_id=base_model_id,
             partitions=spec.partitions,
             adapters=spec.adapters,
+            metrics=metrics,
         )
         consumer = DoorbellConsumer(
             _required(settings.broker_url, "LORRY_BROKER_URL"),
@@ -122,6 +131,10 @@ async def _serve(settings: Settings, engine: Engine, stop: StopSignals, spec: Wo
             consumer.start()
             # it stops after the core: a core that stops lets a held doorbell go
             stack.push_async_callback(consumer.stop)
+        publishing = asyncio.create_task(
+            publish_rates(database, worker_id, base_model_id, metrics.rates), name="rates"
+        )
+        stack.callback(publishing.cancel)
         stop.call(core.stop)
         log.info(
             "Worker %d ready: %s on %s",

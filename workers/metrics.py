@@ -1,8 +1,8 @@
 """What a worker counts of its drain: cheap to note on the event loop, rendered when scraped.
 
 Per job only plain numbers are touched (about a microsecond): prometheus_client's own counters
-take a lock for each. Its text is made from them in the thread that serves a scrape, which reads
-numbers that may be one event old.
+take a lock for each. `metrics_server.py` renders them in the thread that answers a scrape, which
+reads numbers that may be one event old.
 """
 
 import time
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import Histogram
 
 from core.labels import MOST_ADAPTERS, OTHER, adapter_label
 from workers.engine.protocol import EngineInfo
@@ -60,17 +60,9 @@ class DrainMetrics:
         self._busy_seconds = self._starved_seconds = 0.0
         self._seen_at = clock()
 
-        self.registry = CollectorRegistry()
-        self._loads = self._histogram("lorry_adapter_load_seconds", "Slot switches.", _LOAD_SECONDS)
-        self._claims = self._histogram("lorry_claim_seconds", "Claims of chunks.", _CALL_SECONDS)
-        self._records = self._histogram("lorry_record_seconds", "Flushes.", _CALL_SECONDS)
-        # here, since rendering needs this class
-        from workers.metrics_text import DrainCollector
-
-        self.registry.register(DrainCollector(self))
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, buckets=buckets, registry=self.registry)
+        self.loads = _histogram("lorry_adapter_load_seconds", "Slot switches.", _LOAD_SECONDS)
+        self.claims = _histogram("lorry_claim_seconds", "Claims of chunks.", _CALL_SECONDS)
+        self.records = _histogram("lorry_record_seconds", "Flushes of results.", _CALL_SECONDS)
 
     def engine_started(self, info: EngineInfo) -> None:
         """The engine is up: from its `max_num_seqs` on jobs wait inside it."""
@@ -120,16 +112,16 @@ class DrainMetrics:
 
     def load(self, seconds: float) -> None:
         """An adapter was loaded into a slot."""
-        self._loads.observe(seconds)
+        self.loads.observe(seconds)
 
     def claim(self, seconds: float, jobs: int) -> None:
         """A claim came back, with so many jobs."""
-        self._claims.observe(seconds)
+        self.claims.observe(seconds)
         self.claimed_jobs += jobs
 
     def record(self, seconds: float, results: int) -> None:
         """A flush is committed; `results` are those that the fence let through."""
-        self._records.observe(seconds)
+        self.records.observe(seconds)
         self.recorded_results += results
 
     def dropped(self, results: int) -> None:
@@ -174,9 +166,9 @@ class DrainMetrics:
             "aborted": sum(a.outcomes["aborted"] for a in adapters),
             "prompt_tokens": sum(a.prompt_tokens for a in adapters),
             "completion_tokens": sum(a.completion_tokens for a in adapters),
-            **_count_and_seconds("load", self._loads),
-            **_count_and_seconds("claim", self._claims),
-            **_count_and_seconds("record", self._records),
+            **_count_and_seconds("load", self.loads),
+            **_count_and_seconds("claim", self.claims),
+            **_count_and_seconds("record", self.records),
             "claimed_jobs": self.claimed_jobs,
             "recorded_results": self.recorded_results,
             "dropped_results": self.dropped_results,
@@ -193,6 +185,10 @@ class DrainMetrics:
 
 def _none() -> int:
     return 0
+
+
+def _histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+    return Histogram(name, text, buckets=buckets, registry=None)
 
 
 def _count_and_seconds(name: str, histogram: Histogram) -> dict[str, float]:

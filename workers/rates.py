@@ -14,7 +14,7 @@ from typing import Final
 
 from core.errors import Unavailable
 from db.database import Database
-from db.rates import Rate, publish
+from db.rates import Rate, forget_dead, publish
 
 log = logging.getLogger(__name__)
 
@@ -87,15 +87,17 @@ async def publish_rates(
     every_seconds: float = PUBLISH_SECONDS,
 ) -> None:
     """Publish for ever. Nothing is written while nothing finishes; no failure stops the worker."""
-    published = False
+    tidied, published = False, False
     while True:
         await asyncio.sleep(every_seconds)
         current = rates.rates()
-        if not current and not published:
-            continue
         try:
-            await publish(database, worker_id, base_model_id, current)
-            published = bool(current)
+            if not tidied:
+                await forget_dead(database)
+                tidied = True
+            if current or published:
+                await publish(database, worker_id, base_model_id, current)
+                published = bool(current)
         except Unavailable as error:
             log.debug("Rates wait: %s", error, extra={"action": "rates_wait"})
         except Exception:  # rates are good to have; the drain must go on without them

@@ -43,7 +43,9 @@ def test_help_is_quick_and_imports_no_service() -> None:
     subprocess.run([sys.executable, "-c", probe], env=environment(), check=True)
 
 
-@pytest.mark.parametrize("command", [["up"], ["worker"], ["jobs", "submit"], ["keys", "create"]])
+@pytest.mark.parametrize(
+    "command", [["up"], ["worker"], ["jobs", "submit"], ["keys", "create"], ["top"]]
+)
 def test_every_command_explains_itself(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +78,7 @@ def test_every_command_explains_itself(
         (["worker", "m"], "LORRY_DATABASE_URL"),
         (["api"], "LORRY_DATABASE_URL"),
         (["steward"], "LORRY_DATABASE_URL"),
+        (["top", "--every", "0"], "--every"),
     ],
 )
 def test_usage_errors_are_one_line_that_names_the_fault(
@@ -94,6 +97,7 @@ def test_usage_errors_are_one_line_that_names_the_fault(
         ["migrate"],
         ["keys", "list"],
         ["jobs", "list"],
+        ["top"],
     ],
 )
 def test_an_unknown_setting_is_refused_by_every_command(
@@ -125,7 +129,7 @@ def test_a_taken_port_is_refused_before_anything_starts(
     assert not (data / "postgres").exists()
 
 
-@pytest.mark.parametrize("command", [["keys", "list"], ["migrate"]])
+@pytest.mark.parametrize("command", [["keys", "list"], ["migrate"], ["top"]])
 def test_no_running_stack_is_said(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ from workers.drain.recorder import Recorder
 from workers.drain.slots import Slots
 from workers.drain.turns import Turns
 from workers.engine.protocol import Engine, EngineDead
+from workers.metrics import DrainMetrics
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class DrainCore:
         base_model_id: int,
         partitions: Collection[int] | None = None,
         adapters: Collection[str] | None = None,
+        metrics: DrainMetrics | None = None,
     ) -> None:
         self._database = database
         self._engine = engine
@@ -56,8 +58,12 @@ class DrainCore:
             progress=engine.progress,
             busy=lambda: engine.running > 0,
         )
-        self.recorder = Recorder(database, self.lease, settings)
-        self.slots = Slots(engine, files)
+        metrics = metrics or DrainMetrics()
+        metrics.engine_started(engine.info)
+        self.recorder = Recorder(database, self.lease, settings, metrics)
+        self.slots = Slots(engine, files, metrics)
+        metrics.slots_in_use = lambda: len(self.slots.view().held_seconds)
+        metrics.unrecorded = lambda: self.recorder.unrecorded
         turns = Turns(
             database,
             self.slots,
@@ -75,6 +81,7 @@ class DrainCore:
             doorbell=doorbell,
             settings=settings,
             worker_id=worker_id,
+            metrics=metrics,
         )
 
     def stop(self) -> None:

@@ -6,6 +6,7 @@ Jobs are claimed in chunks sized to the free window and flow into the engine as 
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -14,7 +15,7 @@ from uuid import UUID
 import orjson
 
 from core.errors import AdapterInvalid, ErrorCode, Unavailable
-from core.generation import Aborted, Failure, GenerationRequest, Outcome, Provenance
+from core.generation import Aborted, Completion, Failure, GenerationRequest, Outcome, Provenance
 from core.settings import Settings
 from db import claims
 from db.claims import ClaimedJob
@@ -24,6 +25,7 @@ from workers.drain.recorder import Finished, Recorder
 from workers.drain.slots import Slots
 from workers.drain.turns import Turn, Turns
 from workers.engine.protocol import AdapterLoadError, Engine, EngineRequest, LocalAdapter
+from workers.metrics import DrainMetrics
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class Feeder:
         doorbell: Doorbell,
         settings: Settings,
         worker_id: int,
+        metrics: DrainMetrics,
     ) -> None:
         self._database = database
         self._engine = engine
@@ -66,6 +69,7 @@ class Feeder:
         self._doorbell = doorbell
         self._settings = settings
         self._worker_id = worker_id
+        self._metrics = metrics
         limits = engine.info.limits
         self.enough = limits.max_num_seqs
         self.window = math.ceil(limits.max_num_seqs * settings.feed_factor)
@@ -167,14 +171,20 @@ class Feeder:
         try:
             adapter = await self._slots.load(turn.line.adapter_version_id)
         except (AdapterInvalid, AdapterLoadError) as error:
-            jobs = await claims.claim(self._database, self._worker_id, turn.line, limit)
+            jobs = await self._claim(turn, limit)
             self._fail(jobs, error)
         else:
-            jobs = await claims.claim(self._database, self._worker_id, turn.line, limit)
+            jobs = await self._claim(turn, limit)
             self._submit(jobs, adapter)
         turn.fed += len(jobs)
         if len(jobs) < limit:
             await self._turns.end(turn)
+
+    async def _claim(self, turn: Turn, limit: int) -> list[ClaimedJob]:
+        started = time.monotonic()
+        jobs = await claims.claim(self._database, self._worker_id, turn.line, limit)
+        self._metrics.claim(time.monotonic() - started, len(jobs))
+        return jobs
 
     def _submit(self, jobs: Sequence[ClaimedJob], adapter: LocalAdapter | None) -> None:
         requests = []
@@ -186,7 +196,9 @@ class Feeder:
             self._turns.served(job.tenant_id, job.tokens)
             requests.append(request)
         if requests:
+            self._metrics.fed(jobs[0].adapter_version_id, len(jobs))
             self._engine.submit(requests, self._done)
+            self._note_room()
 
     def _fail(self, jobs: Sequence[ClaimedJob], error: Exception) -> None:
         """An adapter that cannot be loaded fails its own jobs, and nothing else."""
@@ -206,6 +218,7 @@ class Feeder:
             return
         self._running_tokens -= running.job.tokens
         self._slots.leave(running.job.adapter_version_id)
+        self._count(running.job, outcome)
         if not isinstance(outcome, Aborted):
             provenance = self._provenance(running.job, running.adapter, request)
             self._recorder.add(Finished(running.job, outcome, provenance))
@@ -218,7 +231,19 @@ class Feeder:
         if self.free >= self._least_chunk():
             self._wake.set()
 
+    def _count(self, job: ClaimedJob, outcome: Outcome) -> None:
+        version = job.adapter_version_id
+        match outcome:
+            case Completion(prompt_tokens=prompt, completion_tokens=completion):
+                self._metrics.finished(version, "succeeded", prompt, completion)
+            case Failure():
+                self._metrics.finished(version, "failed")
+            case Aborted():
+                self._metrics.finished(version, "aborted")
+
     def _note_room(self) -> None:
+        waiting = self._turns.current is not None or self._turns.blocked
+        self._metrics.observe_running(len(self._running), waiting)
         if self.free > 0 or self._stopping:
             self._room.set()
         else:

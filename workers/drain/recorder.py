@@ -26,6 +26,7 @@ from db.claims import ClaimedJob
 from db.database import Database
 from db.results import Result, RetryLater
 from workers.drain.lease import Lease
+from workers.metrics import DrainMetrics
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -48,10 +49,13 @@ class Finished:
 class Recorder:
     """Takes finished attempts and flushes them every `flush_seconds` or `flush_results`."""
 
-    def __init__(self, database: Database, lease: Lease, settings: Settings) -> None:
+    def __init__(
+        self, database: Database, lease: Lease, settings: Settings, metrics: DrainMetrics
+    ) -> None:
         self._database = database
         self._lease = lease
         self._settings = settings
+        self._metrics = metrics
         self._pending: list[Finished] = []
         self._writing = 0
         self._arrived = asyncio.Event()
@@ -169,6 +173,7 @@ class Recorder:
 
     async def _write(self, rows: Sequence[Result]) -> None:
         """Record rows; where Postgres refuses the data, halve until the bad row is alone."""
+        started = time.monotonic()
         try:
             written: set[UUID] = await self._persist(
                 lambda: results.record(self._database, self._lease.worker_id, rows)
@@ -183,6 +188,8 @@ class Recorder:
             return
         self.recorded += len(written)
         self.dropped += len(rows) - len(written)
+        self._metrics.record(time.monotonic() - started, len(written))
+        self._metrics.dropped(len(rows) - len(written))
 
     async def _write_unstorable(self, row: Result, error: asyncpg.PostgresError) -> None:
         log.error(

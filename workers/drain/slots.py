@@ -11,14 +11,16 @@ from db.models import BASE_VERSION_ID
 from workers.adapter_files import AdapterFiles
 from workers.drain.planner import SlotView
 from workers.engine.protocol import Engine, LocalAdapter
+from workers.metrics import DrainMetrics
 
 
 class Slots:
     """Keeps count of the adapters in the engine. One task loads; any may release."""
 
-    def __init__(self, engine: Engine, files: AdapterFiles) -> None:
+    def __init__(self, engine: Engine, files: AdapterFiles, metrics: DrainMetrics) -> None:
         self._engine = engine
         self._files = files
+        self._metrics = metrics
         self._slots = engine.info.limits.max_loras
         #: least recently used first, as the engine's own cache keeps them
         self._resident: OrderedDict[int, LocalAdapter] = OrderedDict()
@@ -53,7 +55,9 @@ class Slots:
         await self._make_room()
         started = time.monotonic()
         await self._engine.load_adapter(adapter)
-        self.load_seconds += time.monotonic() - started
+        seconds = time.monotonic() - started
+        self.load_seconds += seconds
+        self._metrics.load(seconds)
         self._resident[adapter_version_id] = adapter
         self.loads += 1
         return adapter

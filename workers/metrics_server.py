@@ -1,11 +1,13 @@
 """A worker's counts in Prometheus's terms, made when scraped, and the port where they are read."""
 
+import asyncio
 import errno
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -14,9 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from core.errors import UsageError
-
-if TYPE_CHECKING:
-    from workers.metrics import DrainMetrics
+from workers.metrics import DrainMetrics
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +24,9 @@ _ADAPTER: Final = ("adapter",)
 
 
 class DrainCollector(Collector):
-    """Renders a `DrainMetrics`; what is slow to note is in histograms of its own."""
+    """Renders a `DrainMetrics`."""
 
-    def __init__(self, metrics: "DrainMetrics") -> None:
+    def __init__(self, metrics: DrainMetrics) -> None:
         self._metrics = metrics
 
     def describe(self) -> Iterable[Metric]:
@@ -38,6 +38,8 @@ class DrainCollector(Collector):
         metrics = self._metrics
         yield from self._engine()
         yield from self._adapters()
+        for histogram in (metrics.loads, metrics.claims, metrics.records):
+            yield from histogram.collect()
         for name, text, value in (
             ("lorry_engine_jobs", "Jobs in the engine.", metrics.running),
             (
@@ -92,6 +94,13 @@ class DrainCollector(Collector):
         yield from (fed, finished, tokens)
 
 
+def registry_of(metrics: DrainMetrics) -> CollectorRegistry:
+    """A registry of these metrics alone: nothing in this process is registered globally."""
+    registry = CollectorRegistry()
+    registry.register(DrainCollector(metrics))
+    return registry
+
+
 @dataclass(frozen=True, slots=True)
 class MetricsServer:
     """A thread that answers scrapes."""
@@ -111,7 +120,7 @@ class MetricsServer:
         self.thread.join()
 
 
-def serve(registry: CollectorRegistry, port: int, host: str = "127.0.0.1") -> MetricsServer:
+def serve(metrics: DrainMetrics, port: int, host: str = "127.0.0.1") -> MetricsServer:
     """Answer scrapes on a port of its own; 0 takes a free one, which the log names.
 
     No key is asked for: the labels are ids and model names, and by default only this machine
@@ -121,7 +130,7 @@ def serve(registry: CollectorRegistry, port: int, host: str = "127.0.0.1") -> Me
         UsageError: the port is taken, or the address is not one of this machine.
     """
     try:
-        server, thread = start_http_server(port, host, registry)
+        server, thread = start_http_server(port, host, registry_of(metrics))
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UsageError(
@@ -135,3 +144,14 @@ def serve(registry: CollectorRegistry, port: int, host: str = "127.0.0.1") -> Me
         "Metrics on http://%s:%d/metrics", host, server.server_port, extra={"action": "metrics_up"}
     )
     return MetricsServer(server, thread)
+
+
+@asynccontextmanager
+async def served(metrics: DrainMetrics, port: int | None, host: str) -> AsyncIterator[None]:
+    """`serve` for the length of the block; without a port (None) nothing listens."""
+    server = None if port is None else serve(metrics, port, host)
+    try:
+        yield
+    finally:
+        if server is not None:
+            await asyncio.to_thread(server.close)
