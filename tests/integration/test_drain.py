@@ -1,5 +1,6 @@
 """The drain on a real Postgres and the simulated engine, without Celery."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from tests.support.cores import QUICK, drain_core
 from tests.support.jobs import BASE, Bench, all_final, make_bench, states, submit
 from tests.support.waiting import eventually
 from workers.drain.lease import EngineStalled, LeaseLost
-from workers.engine.protocol import EngineDead
+from workers.engine.protocol import EngineDead, LocalAdapter
+from workers.metrics import DrainMetrics
 
 
 @pytest.fixture
@@ -301,3 +303,20 @@ async def test_a_worker_of_some_partitions_leaves_the_others_alone(
 
         await eventually(some_done, "the partition's jobs")
     assert await states(bench.database) == {"succeeded": 5, "queued": 5}
+
+
+async def test_an_engine_kept_waiting_by_a_load_counts_as_starved(
+    bench: Bench, tmp_path: Path, broker_url: str
+) -> None:
+    metrics = DrainMetrics()
+    async with drain_core(bench, tmp_path, broker_url, metrics=metrics) as (_, engine, _):
+        load = engine.load_adapter
+
+        async def load_slowly(adapter: LocalAdapter) -> None:
+            await asyncio.sleep(0.5)
+            await load(adapter)
+
+        engine.load_adapter = load_slowly  # type: ignore[method-assign]
+        await submit(bench.database, "a0", 5)
+        await eventually(lambda: all_final(bench.database), "all jobs final")
+    assert metrics.starved_seconds > 0.4

@@ -14,6 +14,7 @@ from tests.support.jobs import BASE, Bench
 from workers.adapter_files import AdapterFiles
 from workers.drain.core import DrainCore
 from workers.engine.simulated import SimulatedEngine
+from workers.metrics import DrainMetrics
 
 QUICK = Settings(
     lease_seconds=3, poll_seconds=0.05, grace_seconds=5, stall_seconds=2, quantum_seconds=1
@@ -30,6 +31,7 @@ async def drain_core(
     database: Database | None = None,
     partitions: Collection[int] | None = None,
     adapters: Collection[str] | None = None,
+    metrics: DrainMetrics | None = None,
 ) -> AsyncIterator[tuple[DrainCore, SimulatedEngine, "asyncio.Task[None]"]]:
     """A running core on a simulated engine; stopped in order at the end unless it has ended."""
     database = database or bench.database
@@ -48,6 +50,7 @@ async def drain_core(
         base_model_id=bench.base_model_id,
         partitions=partitions,
         adapters=adapters,
+        metrics=metrics,
     )
     task = asyncio.create_task(core.run())
     try:

@@ -62,7 +62,7 @@ class DrainCore:
         metrics.engine_started(engine.info)
         self.recorder = Recorder(database, self.lease, settings, metrics)
         self.slots = Slots(engine, files, metrics)
-        metrics.slots_in_use = lambda: len(self.slots.view().held_seconds)
+        metrics.slots_in_use = lambda: self.slots.in_use
         metrics.unrecorded = lambda: self.recorder.unrecorded
         turns = Turns(
             database,

@@ -82,6 +82,8 @@ class Feeder:
         self._room = asyncio.Event()
         self._room.set()
         self._stopping = False
+        #: whether the last look saw work for this worker
+        self._work_waiting = False
 
     # -- what others ask ------------------------------------------------------------------
 
@@ -152,6 +154,8 @@ class Feeder:
     async def _top_up(self) -> None:
         while not self._stopping and self.free >= self._least_chunk():
             turn = await self._turns.current_or_next()
+            self._work_waiting = turn is not None or self._turns.blocked
+            self._note_room()
             if turn is None:
                 return
             await self._feed(turn)
@@ -206,9 +210,9 @@ class Feeder:
         code = ErrorCode.ADAPTER_MISSING if missing else ErrorCode.ADAPTER_LOAD_FAILED
         log.error("Adapter cannot be used: %s", error, extra={"action": "adapter_failed"})
         for job in jobs:
-            self._recorder.add(
-                Finished(job, Failure(code, str(error)), self._provenance(job, None))
-            )
+            failure = Failure(code, str(error))
+            self._count(job, failure)
+            self._recorder.add(Finished(job, failure, self._provenance(job, None)))
 
     # -- results --------------------------------------------------------------------------
 
@@ -242,8 +246,9 @@ class Feeder:
                 self._metrics.finished(version, "aborted")
 
     def _note_room(self) -> None:
-        waiting = self._turns.current is not None or self._turns.blocked
-        self._metrics.observe_running(len(self._running), waiting)
+        cache_full = bool(self.token_window) and self._running_tokens >= self.token_window
+        starvable = self._work_waiting and not cache_full and not self._stopping
+        self._metrics.observe_running(len(self._running), starvable)
         if self.free > 0 or self._stopping:
             self._room.set()
         else:

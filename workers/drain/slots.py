@@ -29,6 +29,11 @@ class Slots:
         self.loads = 0
         self.load_seconds = 0.0
 
+    @property
+    def in_use(self) -> int:
+        """How many adapters have unfinished jobs; any thread may ask."""
+        return len(self._held_since)
+
     def view(self) -> SlotView:
         """The slots as the planner sees them."""
         now = time.monotonic()
