@@ -114,7 +114,7 @@ def worker(
 
 
 def steward() -> None:
-    """Run the steward: sweeps, rescues, schedules, deliveries, pruning."""
+    """Run the steward: rings again, rescues jobs of lost workers, expires, tidies up."""
     settings = _settings()
     from workers.steward.main import run
 

@@ -150,9 +150,11 @@ async def claim(database: Database, worker_id: int, line: Line, limit: int) -> l
 
 
 # The CTE with LIMIT and SKIP LOCKED is a fence: written as a join, the planner could claim more.
+# The rows are locked, so they are where they were: by ctid they are updated without a second look
+# into an index, and no misjudged row count can turn the join into a scan of the table.
 CLAIM = """
 WITH due AS MATERIALIZED (
-    SELECT id FROM jobs
+    SELECT ctid AS row FROM jobs
     WHERE base_model_id = $1 AND adapter_version_id = $2 AND tenant_id = $3 AND state = 'queued'
       AND (not_before IS NULL OR not_before <= now())
       AND (deadline IS NULL OR deadline > now())
@@ -165,8 +167,7 @@ WITH due AS MATERIALIZED (
 ), claimed AS (
     UPDATE jobs SET state = 'running', attempt = attempt + 1, lease_owner = $5,
                     started_at = now(), not_before = NULL
-    FROM due
-    WHERE jobs.id = due.id AND EXISTS (SELECT FROM leased)
+    WHERE ctid = ANY (ARRAY(SELECT row FROM due)) AND EXISTS (SELECT FROM leased)
     RETURNING jobs.id, attempt, tenant_id, adapter_version_id, tokens, failures
 )
 SELECT c.*, i.endpoint, i.model, i.body::text AS body

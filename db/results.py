@@ -63,7 +63,7 @@ WITH result AS MATERIALIZED (
                          $7::int[], $8::int[])
         AS r(id, attempt, response, error_code, error_message, prompt_tokens, completion_tokens)
 ), fenced AS MATERIALIZED (
-    SELECT jobs.id FROM jobs JOIN result r ON r.id = jobs.id
+    SELECT jobs.ctid AS row FROM jobs JOIN result r ON r.id = jobs.id
     WHERE jobs.attempt = r.attempt AND jobs.lease_owner = $1 AND jobs.state = 'running'
     ORDER BY jobs.id
     FOR NO KEY UPDATE OF jobs
@@ -73,8 +73,8 @@ WITH result AS MATERIALIZED (
         failures = failures + CASE WHEN r.error_code IS NULL THEN 0 ELSE 1 END,
         finished_at = now(),
         lease_owner = NULL
-    FROM fenced JOIN result r ON r.id = fenced.id
-    WHERE jobs.id = fenced.id
+    FROM result r
+    WHERE jobs.ctid = ANY (ARRAY(SELECT row FROM fenced)) AND r.id = jobs.id
     RETURNING jobs.id, jobs.tenant_id
 ), answered AS (
     INSERT INTO job_outputs (tenant_id, job_id, response, error_code, error_message,

@@ -61,12 +61,22 @@ async def renew(database: Database, worker_id: int, lease_seconds: float) -> boo
 
 
 async def sign_off(database: Database, worker_id: int) -> None:
-    """A worker that stopped in order; it owns nothing any more."""
-    async with database.connection() as connection:
+    """A worker that stopped in order: whatever it still owns goes back to its line, at no cost."""
+    async with database.transaction() as connection:
         await connection.execute(
             "UPDATE workers SET stopped_at = now(), lease_expires_at = now() WHERE id = $1",
             worker_id,
         )
+        rows = await connection.fetch(
+            """
+            UPDATE jobs SET state = 'queued', lease_owner = NULL, releases = releases + 1
+            WHERE lease_owner = $1 AND state = 'running'
+            RETURNING base_model_id, adapter_version_id, tenant_id
+            """,
+            worker_id,
+        )
+        await _disown_ended(connection, worker_id)
+        await ensure_waiting(connection, {Line(*row.values()) for row in rows})
 
 
 async def take_ended(database: Database, worker_id: int) -> list[tuple[UUID, int]]:
@@ -153,11 +163,7 @@ async def _free_jobs(connection: Connection, worker_id: int, max_attempts: int) 
         worker_id,
         max_attempts,
     )
-    await connection.execute(
-        "UPDATE jobs SET lease_owner = NULL"
-        " WHERE lease_owner = $1 AND state IN ('cancelled', 'expired')",
-        worker_id,
-    )
+    await _disown_ended(connection, worker_id)
     lines = {
         Line(row["base_model_id"], row["adapter_version_id"], row["tenant_id"])
         for row in rows
@@ -165,3 +171,12 @@ async def _free_jobs(connection: Connection, worker_id: int, max_attempts: int) 
     }
     await ensure_waiting(connection, lines)
     return len(rows)
+
+
+async def _disown_ended(connection: Connection, worker_id: int) -> None:
+    """Nobody is left to abort a gone worker's cancelled and expired jobs."""
+    await connection.execute(
+        "UPDATE jobs SET lease_owner = NULL"
+        " WHERE lease_owner = $1 AND state IN ('cancelled', 'expired')",
+        worker_id,
+    )

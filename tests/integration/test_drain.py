@@ -320,3 +320,19 @@ async def test_an_engine_kept_waiting_by_a_load_counts_as_starved(
         await submit(bench.database, "a0", 5)
         await eventually(lambda: all_final(bench.database), "all jobs final")
     assert metrics.starved_seconds > 0.4
+
+
+async def test_a_job_that_kills_every_engine_fails_in_the_end(
+    bench: Bench, tmp_path: Path, broker_url: str
+) -> None:
+    (poison,) = await submit(bench.database, "a0", prompt="poison")
+    settings = QUICK.model_copy(update={"max_attempts": 2})
+    for _ in range(2):
+        async with drain_core(
+            bench, tmp_path, broker_url, "--sim-die-on", "poison", settings=settings
+        ) as (_, _, task):
+            with pytest.raises(EngineDead):
+                await task
+    row = await jobs.get(bench.database, DEFAULT_TENANT_ID, poison)
+    assert row is not None
+    assert (row["state"], row["error_code"]) == ("failed", "attempts_exhausted")

@@ -9,12 +9,11 @@ import logging
 from collections.abc import Collection, Coroutine
 from typing import Any
 
-from core.errors import Unavailable
+from core.errors import ErrorCode, Unavailable
 from core.settings import Settings
-from db import claims, results, workers
+from db import claims, workers
 from db.database import Database
 from db.doorbell import Doorbell
-from db.results import RetryLater
 from workers.adapter_files import AdapterFiles
 from workers.drain.aborts import watch_ended
 from workers.drain.feeder import Feeder
@@ -157,14 +156,12 @@ class DrainCore:
         log.info("Drained", extra={"action": "drained", "recorded": self.recorder.recorded})
 
     async def _give_up_engine(self) -> None:
-        """The engine is gone: record what it had finished, and queue the rest for another try."""
-        jobs = self.feeder.unfinished()
+        """The engine is gone: record what it had finished; the rest was tried once, in vain."""
+        for job in self.feeder.unfinished():
+            self.recorder.add_failure(job, ErrorCode.ENGINE_ERROR, "the engine died while it ran")
         try:
             self.recorder.hurry()
-            await asyncio.wait_for(self.recorder.flush_rest(), self._settings.lease_seconds)
-            await results.retry_later(
-                self._database, self._worker_id, [RetryLater(j.id, j.attempt, 0.0) for j in jobs]
-            )
+            await asyncio.wait_for(self.recorder.drained(), self._settings.lease_seconds)
             await workers.sign_off(self._database, self._worker_id)
         except (Unavailable, TimeoutError, LeaseLost) as error:
             # the lease runs out by itself, and the steward frees the jobs

@@ -79,6 +79,11 @@ class Recorder:
         if len(self._pending) >= self._settings.flush_results:
             self._full.set()
 
+    def add_failure(self, job: ClaimedJob, code: ErrorCode, message: str) -> None:
+        """Take an attempt that failed for a reason outside the engine's answers."""
+        nobody = Provenance(engine="", engine_version="", base_model="", base_revision="")
+        self.add(Finished(job, Failure(code, message), nobody))
+
     def hurry(self) -> None:
         """Flush without waiting for more: nothing else is under way."""
         if self._pending:
@@ -87,17 +92,6 @@ class Recorder:
     async def drained(self) -> None:
         """Return when everything taken so far is in Postgres."""
         await self._idle.wait()
-
-    async def flush_rest(self) -> None:
-        """Write what is left, in the caller's task: for after `run` was cancelled or has failed.
-
-        What `run` was writing at that moment is not written again: it may be committed, and if it
-        is not, its jobs are given back with the rest.
-        """
-        while self._pending:
-            batch = self._pending[: self._settings.flush_results]
-            del self._pending[: len(batch)]
-            await self._flush(batch)
 
     async def run(self) -> None:
         """Flush for ever.
