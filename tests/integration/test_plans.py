@@ -67,8 +67,8 @@ class Plan:
         return sum(node.scanned for node in self.of(relation))
 
     def indexes(self, relation: str) -> set[str | None]:
-        """The indexes that a table was read by; None for a scan of all of it."""
-        return {node.index for node in self.of(relation)}
+        """How a table was read: by which indexes, by `ctid`; None stands for a scan of it all."""
+        return {"ctid" if n.kind == "Tid Scan" else n.index for n in self.of(relation)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ async def test_a_claim_reads_the_head_of_its_line(backlog: Backlog, mode: str) -
         )
     assert len(claimed) == LIMIT
     (plan,) = plans
-    assert plan.indexes("jobs") == {"ix_jobs_waiting", "pk_jobs"}
+    assert plan.indexes("jobs") == {"ix_jobs_waiting", "ctid"}
     assert plan.indexes("job_inputs") == {"pk_job_inputs"}
     # the expired jobs at the line's head are passed over
     assert plan.scanned("jobs") <= 3 * LIMIT
@@ -159,7 +159,8 @@ async def test_recording_reads_its_own_jobs(backlog: Backlog, mode: str) -> None
         answers = [Result(i, 1, response="{}") for i in ids]
         assert await results.record(backlog.database, backlog.worker_id, answers) == set(ids)
     (plan,) = plans
-    assert plan.indexes("jobs") == {"pk_jobs"}
+    # by key, or among the few that this worker owns: as the statistics have it
+    assert plan.indexes("jobs") - {"ctid"} in ({"pk_jobs"}, {"ix_jobs_owned"})
     assert plan.scanned("jobs") <= 3 * LIMIT
     # a nested loop over the results would read them as often as there are results
     assert max(node.scanned for node in plan.nodes) <= 2 * LIMIT
