@@ -22,6 +22,13 @@ CONNECT_SECONDS = 5.0
 #: Longest wait for one statement: a network that hangs must not hang us.
 COMMAND_SECONDS = 30.0
 
+SESSION = {
+    "application_name": "lorry",
+    "timezone": "UTC",
+    # a queue's working set is in memory: a few hundred rows by key beat a scan of the table
+    "random_page_cost": "1.1",
+}
+
 #: Failures of the connection or the server, not of the statement: another try may succeed.
 OUTAGES = (
     OSError,
@@ -64,7 +71,7 @@ class Database:
                 timeout=CONNECT_SECONDS,
                 command_timeout=COMMAND_SECONDS,
                 reset=_keep_session,
-                server_settings={"application_name": "lorry", "timezone": "UTC"},
+                server_settings=SESSION,
             )
         except OUTAGES as error:
             raise unavailable(error) from error

@@ -57,31 +57,31 @@ async def record(database: Database, worker_id: int, results: Sequence[Result]) 
     return {row["id"] for row in rows}
 
 
+# The results travel along from step to step, so that they are joined with the table only once.
 RECORD = """
-WITH result AS MATERIALIZED (
-    SELECT * FROM unnest($2::uuid[], $3::int[], $4::text[], $5::text[], $6::text[],
-                         $7::int[], $8::int[])
+WITH fenced AS MATERIALIZED (
+    SELECT jobs.ctid AS row, jobs.tenant_id, r.*
+    FROM unnest($2::uuid[], $3::int[], $4::text[], $5::text[], $6::text[], $7::int[], $8::int[])
         AS r(id, attempt, response, error_code, error_message, prompt_tokens, completion_tokens)
-), fenced AS MATERIALIZED (
-    SELECT jobs.ctid AS row FROM jobs JOIN result r ON r.id = jobs.id
+    JOIN jobs ON jobs.id = r.id
     WHERE jobs.attempt = r.attempt AND jobs.lease_owner = $1 AND jobs.state = 'running'
     ORDER BY jobs.id
     FOR NO KEY UPDATE OF jobs
 ), finished AS (
     UPDATE jobs SET
-        state = CASE WHEN r.error_code IS NULL THEN 'succeeded' ELSE 'failed' END,
-        failures = failures + CASE WHEN r.error_code IS NULL THEN 0 ELSE 1 END,
+        state = CASE WHEN f.error_code IS NULL THEN 'succeeded' ELSE 'failed' END,
+        failures = failures + CASE WHEN f.error_code IS NULL THEN 0 ELSE 1 END,
         finished_at = now(),
         lease_owner = NULL
-    FROM result r
-    WHERE jobs.ctid = ANY (ARRAY(SELECT row FROM fenced)) AND r.id = jobs.id
-    RETURNING jobs.id, jobs.tenant_id
+    FROM fenced f
+    WHERE jobs.ctid = f.row
+    RETURNING f.*
 ), answered AS (
     INSERT INTO job_outputs (tenant_id, job_id, response, error_code, error_message,
                              prompt_tokens, completion_tokens)
-    SELECT f.tenant_id, f.id, r.response::json, r.error_code, r.error_message,
-           r.prompt_tokens, r.completion_tokens
-    FROM finished f JOIN result r ON r.id = f.id
+    SELECT tenant_id, id, response::json, error_code, error_message, prompt_tokens,
+           completion_tokens
+    FROM finished
 )
 SELECT id FROM finished
 """
