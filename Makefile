@@ -48,7 +48,9 @@ lint: setup ## Check style, types and the direction of imports
 	@$(BIN)/lint-imports
 
 bench: setup ## Measure on this machine; every script prints its figure last
+	@$(PIP) install -q $(LOCK) -e '.[bench]'
 	@$(BIN)/python -m benchmarks.idle_latency
+	@$(BIN)/python -m benchmarks.engine_ratio --cpu --scale 0.05 one eight
 
 adapters: setup ## Train the demo's adapters again (minutes on 2 cores)
 	@$(BIN)/python -m cli.demo.train

@@ -8,23 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from core.generation import GenerationRequest
+from core.request_body import RESERVED_TEMPLATE_KWARGS
 
-# Arguments of apply_chat_template that are not a template's own variables.
-_RESERVED = {
-    "chat_template",
-    "conversation",
-    "documents",
-    "max_length",
-    "messages",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "tokenize",
-    "tokenizer_kwargs",
-    "tools",
-    "truncation",
-}
 _LOOP_OVER_PARTS = re.compile(r"""\bin\s+message(\.content|\[['"]content['"]\])""")
 
 
@@ -63,7 +48,7 @@ class PromptRenderer:
         tokenizer = self._need_tokenizer("messages")
         source = template or _own_template(tokenizer)
         extra = dict(body.get("chat_template_kwargs") or {})
-        if taken := sorted(_RESERVED & extra.keys()):
+        if taken := sorted(RESERVED_TEMPLATE_KWARGS & extra.keys()):
             raise ValueError(f"chat_template_kwargs: {', '.join(taken)} cannot be set there")
         conversation = _conversation(body["messages"], source)
         try:
