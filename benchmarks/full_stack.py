@@ -28,7 +28,7 @@ CLIENTS = 64
 
 def main() -> None:
     jobs = int(sys.argv[1]) if len(sys.argv) > 1 else 500
-    folder = Path(sys.argv[2] if len(sys.argv) > 2 else "/tmp/lorry-bench")  # noqa: S108
+    folder = Path(sys.argv[2] if len(sys.argv) > 2 else "/tmp/lorry-bench")
     if sys.argv[3:] == ["bare"]:
         asyncio.run(bare(jobs, folder))
         return
@@ -49,8 +49,9 @@ def main() -> None:
 
 async def bare(jobs: int, folder: Path) -> None:
     """Measure the bare engine and print its figure."""
-    from benchmarks.bare import bare_run, report
     from vllm.lora.request import LoRARequest
+
+    from benchmarks.bare import bare_run, report
     from workers.engine.vllm_engine import VllmEngine
 
     engine = VllmEngine.from_flags(str(folder / "model"), FLAGS)

@@ -1,0 +1,74 @@
+"""A backlog of jobs for the queue's benchmarks, made through the functions that the API uses."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import orjson
+
+from core.ids import new_id
+from core.priority import place_in_line
+from db import registry
+from db.database import Database
+from db.jobs import NewJob
+from db.registry import Target
+from db.store import Store
+from db.tenants import DEFAULT_TENANT_ID
+
+BASE = "bench-base"
+CONTEXT = 8192
+
+
+async def register(database: Database, folder: Path, adapters: int) -> list[Target]:
+    """Declare the base model and adapters with made-up files; returns what jobs may name."""
+    await registry.declare_base(database, BASE, CONTEXT, "bench")
+    store = Store.open(str(folder / "store"))
+    for number in range(adapters):
+        await registry.register_adapter(
+            database,
+            store,
+            tenant="default",
+            base_model=BASE,
+            name=f"a{number}",
+            folder=_adapter(folder / "sources" / f"a{number}"),
+        )
+    async with database.connection() as connection:
+        return [
+            await registry.resolve(connection, DEFAULT_TENANT_ID, f"a{n}") for n in range(adapters)
+        ]
+
+
+def _adapter(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes(folder.name.encode())
+    return folder
+
+
+def body(number: int) -> str:
+    """A small request: what the queue does with it is what is measured."""
+    prompt = f"Summarise document {number} of the bench in one sentence, please."
+    return orjson.dumps({"prompt": prompt, "max_tokens": 16}).decode()
+
+
+def new_jobs(count: int, targets: Sequence[Target]) -> list[NewJob]:
+    """Jobs spread over the targets one after another."""
+    jobs = []
+    for number in range(count):
+        job_id = new_id()
+        target = targets[number % len(targets)]
+        jobs.append(
+            NewJob(
+                id=job_id,
+                tenant_id=DEFAULT_TENANT_ID,
+                target=target,
+                endpoint="completion",
+                model=str(target.adapter),
+                body=body(number),
+                priority=0,
+                place=place_in_line(job_id.int >> 80, 0),
+                tokens=32,
+            )
+        )
+    return jobs
