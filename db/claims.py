@@ -188,6 +188,15 @@ async def end_turn(database: Database, line: Line) -> bool:
     return True
 
 
+async def owned(database: Database, worker_id: int) -> list[tuple[UUID, int]]:
+    """The running jobs (id, attempt) that this worker owns, as Postgres sees it."""
+    async with database.connection() as connection:
+        rows = await connection.fetch(
+            "SELECT id, attempt FROM jobs WHERE lease_owner = $1 AND state = 'running'", worker_id
+        )
+    return [(row["id"], row["attempt"]) for row in rows]
+
+
 async def release(database: Database, worker_id: int, jobs: Sequence[tuple[UUID, int]]) -> int:
     """Give running jobs (id, attempt) back to their lines at no cost; returns how many."""
     async with database.transaction() as connection:

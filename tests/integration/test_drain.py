@@ -336,3 +336,19 @@ async def test_a_job_that_kills_every_engine_fails_in_the_end(
     row = await jobs.get(bench.database, DEFAULT_TENANT_ID, poison)
     assert row is not None
     assert (row["state"], row["error_code"]) == ("failed", "attempts_exhausted")
+
+
+async def test_a_claim_whose_answer_was_lost_is_given_back(
+    bench: Bench, tmp_path: Path, broker_url: str
+) -> None:
+    await submit(bench.database, "a0", 1)
+    line = await _line_of(bench, "a0")
+    settings = QUICK.model_copy(update={"lease_seconds": 0.5, "poll_seconds": 2})
+    async with drain_core(bench, tmp_path, broker_url, settings=settings) as (core, _, _):
+        await eventually(lambda: all_final(bench.database), "the core has begun to poll")
+        # the worker's own claim, behind its back: as if the connection had died after the commit
+        await submit(bench.database, "a0", 2)
+        claimed = await claims.claim(bench.database, core.lease.worker_id, line, 2)
+        assert len(claimed) == 2
+        await eventually(lambda: all_final(bench.database), "all jobs final")
+    assert await states(bench.database) == {"succeeded": 3}

@@ -18,6 +18,7 @@ from workers.adapter_files import AdapterFiles
 from workers.drain.aborts import watch_ended
 from workers.drain.feeder import Feeder
 from workers.drain.lease import EngineStalled, Lease, LeaseLost
+from workers.drain.reconcile import release_unknown
 from workers.drain.recorder import Recorder
 from workers.drain.slots import Slots
 from workers.drain.turns import Turns
@@ -105,6 +106,12 @@ class DrainCore:
                 self._worker_id,
                 lambda: self.feeder.running > 0,
                 self.feeder.abort,
+            ),
+            release_unknown(
+                self._database,
+                self._worker_id,
+                self.feeder.knows,
+                self._settings.lease_seconds / 2,
             ),
             self._watch_engine(),
         )

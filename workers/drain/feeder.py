@@ -119,6 +119,11 @@ class Feeder:
         """Jobs that this worker still owes: in the engine, or cut off by its end."""
         return [running.job for running in self._running.values()] + self._cut_off
 
+    def knows(self, job_id: UUID, attempt: int) -> bool:
+        """Whether an attempt is in the engine, or waits to be recorded."""
+        in_engine = request_id(job_id, attempt) in self._running
+        return in_engine or self._recorder.holds(job_id, attempt)
+
     async def abort(self, jobs: Sequence[tuple[UUID, int]]) -> None:
         """Stop attempts that were cancelled or expired: nothing is recorded for them."""
         ids = [i for i in (request_id(*job) for job in jobs) if i in self._running]

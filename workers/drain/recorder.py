@@ -58,6 +58,7 @@ class Recorder:
         self._metrics = metrics
         self._pending: list[Finished] = []
         self._writing = 0
+        self._held: set[tuple[UUID, int]] = set()
         self._arrived = asyncio.Event()
         self._full = asyncio.Event()
         self._idle = asyncio.Event()
@@ -71,8 +72,13 @@ class Recorder:
         """Finished attempts that are not in Postgres yet."""
         return len(self._pending) + self._writing
 
+    def holds(self, job_id: UUID, attempt: int) -> bool:
+        """Whether an attempt waits here to be recorded."""
+        return (job_id, attempt) in self._held
+
     def add(self, finished: Finished) -> None:
         """Take a finished attempt; returns at once."""
+        self._held.add((finished.job.id, finished.job.attempt))
         self._pending.append(finished)
         self._idle.clear()
         self._arrived.set()
@@ -107,6 +113,7 @@ class Recorder:
             self._writing = len(batch)
             await self._flush(batch)
             self._writing = 0
+            self._held.difference_update((f.job.id, f.job.attempt) for f in batch)
             if not self._pending:
                 self._arrived.clear()
                 self._idle.set()
