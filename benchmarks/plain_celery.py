@@ -48,7 +48,8 @@ def drain(broker_url: str, valkey: "redis.Redis", jobs: int, workers: int) -> fl
         for number in range(jobs):
             app.send_task("noop", (body(number),), queue=STAGED, producer=producer)
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "benchmarks.plain_celery", broker_url, str(workers)]
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.plain_celery", broker_url, str(workers)],
+        stdout=sys.stderr,
     )
     try:
         _wait_until_it_looks(valkey)
