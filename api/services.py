@@ -81,7 +81,7 @@ async def _report_database(database: Database) -> None:
         log.info("Postgres reached", extra={"action": "database_reached", "revision": revision})
 
 
-def services_of(request: Request) -> Services:
+async def services_of(request: Request) -> Services:
     """The services of the process that serves `request`."""
     return cast(Services, request.app.state.services)
 

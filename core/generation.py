@@ -1,8 +1,9 @@
 """What a request to the engine and its outcome are, whatever engine runs them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from core.errors import ErrorCode
 
@@ -80,8 +81,7 @@ class Provenance:
     seed: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
+class GenerationRequest(NamedTuple):
     """The part of a job that the engine needs.
 
     Args:
@@ -90,4 +90,4 @@ class GenerationRequest:
     """
 
     endpoint: Endpoint
-    body: Mapping[str, Any] = field(default_factory=dict)
+    body: Mapping[str, Any] = MappingProxyType({})

@@ -6,6 +6,7 @@ a rescue of that worker: the rescuer holds the row FOR UPDATE.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from uuid import UUID
 
 from db.database import Connection, Database
@@ -31,8 +32,7 @@ class WaitingLine:
     deadline_seconds: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimedJob:
+class ClaimedJob(NamedTuple):
     """A job that this worker runs, under this attempt. `body` is JSON text."""
 
     id: UUID
@@ -146,7 +146,7 @@ async def claim(database: Database, worker_id: int, line: Line, limit: int) -> l
     """
     async with database.connection() as connection:
         rows = await connection.fetch(CLAIM, *line, limit, worker_id)
-    return [ClaimedJob(**dict(row)) for row in rows]
+    return list(map(ClaimedJob._make, rows))
 
 
 # The CTE with LIMIT and SKIP LOCKED is a fence: written as a join, the planner could claim more.

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from uuid import UUID
 
 from db.database import Database
 from db.waiting import Line, ensure_waiting
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """What became of one attempt. `response` is JSON text; either it or the error is given."""
 
     id: UUID
@@ -58,29 +58,34 @@ async def record(database: Database, worker_id: int, results: Sequence[Result]) 
 
 
 # The results travel along from step to step, so that they are joined with the table only once.
+# Every read of `jobs` is by primary key. The owner is compared such that no index serves it: by
+# ix_jobs_owned Postgres would wade through the entries of every job this worker ever ran.
 RECORD = """
-WITH fenced AS MATERIALIZED (
-    SELECT jobs.ctid AS row, jobs.tenant_id, r.*
-    FROM unnest($2::uuid[], $3::int[], $4::text[], $5::text[], $6::text[], $7::int[], $8::int[])
+WITH result AS MATERIALIZED (
+    SELECT * FROM unnest($2::uuid[], $3::int[], $4::text[], $5::text[], $6::text[],
+                         $7::int[], $8::int[])
         AS r(id, attempt, response, error_code, error_message, prompt_tokens, completion_tokens)
-    JOIN jobs ON jobs.id = r.id
-    WHERE jobs.attempt = r.attempt AND jobs.lease_owner = $1 AND jobs.state = 'running'
-    ORDER BY jobs.id
-    FOR NO KEY UPDATE OF jobs
+), fenced AS MATERIALIZED (
+    SELECT id, attempt FROM jobs
+    WHERE id = ANY($2::uuid[]) AND lease_owner IS NOT DISTINCT FROM $1 AND state = 'running'
+    ORDER BY id
+    FOR NO KEY UPDATE
 ), finished AS (
     UPDATE jobs SET
-        state = CASE WHEN f.error_code IS NULL THEN 'succeeded' ELSE 'failed' END,
-        failures = failures + CASE WHEN f.error_code IS NULL THEN 0 ELSE 1 END,
+        state = CASE WHEN r.error_code IS NULL THEN 'succeeded' ELSE 'failed' END,
+        failures = failures + CASE WHEN r.error_code IS NULL THEN 0 ELSE 1 END,
         finished_at = now(),
         lease_owner = NULL
-    FROM fenced f
-    WHERE jobs.ctid = f.row
-    RETURNING f.*
+    FROM result r
+    WHERE jobs.id = ANY(ARRAY(SELECT id FROM fenced)) AND jobs.id = r.id
+      AND jobs.attempt = r.attempt
+    RETURNING jobs.id, jobs.tenant_id, r.response, r.error_code, r.error_message,
+              r.prompt_tokens, r.completion_tokens
 ), answered AS (
     INSERT INTO job_outputs (tenant_id, job_id, response, error_code, error_message,
                              prompt_tokens, completion_tokens)
-    SELECT tenant_id, id, response::json, error_code, error_message, prompt_tokens,
-           completion_tokens
+    SELECT tenant_id, id, response::json, error_code, error_message,
+           prompt_tokens, completion_tokens
     FROM finished
 )
 SELECT id FROM finished

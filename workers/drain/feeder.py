@@ -4,12 +4,12 @@ Jobs are claimed in chunks sized to the free window and flow into the engine as 
 """
 
 import asyncio
+import functools
 import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 from uuid import UUID
 
 import orjson
@@ -24,7 +24,13 @@ from db.doorbell import Doorbell
 from workers.drain.recorder import Finished, Recorder
 from workers.drain.slots import Slots
 from workers.drain.turns import Turn, Turns
-from workers.engine.protocol import AdapterLoadError, Engine, EngineRequest, LocalAdapter
+from workers.engine.protocol import (
+    AdapterLoadError,
+    Engine,
+    EngineInfo,
+    EngineRequest,
+    LocalAdapter,
+)
 from workers.metrics import DrainMetrics
 
 log = logging.getLogger(__name__)
@@ -37,8 +43,7 @@ SMALLEST_CHUNK_SHARE: Final = 1 / 16
 OUTAGE_PAUSE_SECONDS: Final = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
+class Running(NamedTuple):
     """A job in the engine."""
 
     job: ClaimedJob
@@ -262,15 +267,21 @@ class Feeder:
     def _provenance(
         self, job: ClaimedJob, adapter: LocalAdapter | None, request: EngineRequest | None = None
     ) -> Provenance:
-        info = self._engine.info
-        return Provenance(
-            engine=info.name,
-            engine_version=info.version,
-            base_model=info.base_model,
-            base_revision=info.base_revision,
-            adapter_sha256=adapter.sha256 if adapter else None,
-            seed=request.generation.body.get("seed") if request else None,
-        )
+        seed = request.generation.body.get("seed") if request else None
+        return made_by(self._engine.info, adapter.sha256 if adapter else None, seed)
+
+
+@functools.lru_cache(maxsize=256)
+def made_by(info: EngineInfo, adapter_sha256: str | None, seed: int | None) -> Provenance:
+    """What an answer was made by; nearly always the same as the last one's."""
+    return Provenance(
+        engine=info.name,
+        engine_version=info.version,
+        base_model=info.base_model,
+        base_revision=info.base_revision,
+        adapter_sha256=adapter_sha256,
+        seed=seed,
+    )
 
 
 def request_id(job_id: UUID, attempt: int) -> str:

@@ -9,8 +9,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -31,14 +30,15 @@ from workers.metrics import DrainMetrics
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+#: Flushes under way at once.
+FLUSHES: Final = 2
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 2.0
 #: Deadlocks and serialisation failures: nothing was written, so the same flush may be sent again.
 TRANSIENT = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(NamedTuple):
     """A job's attempt that has left the engine with an answer or a failure."""
 
     job: ClaimedJob
@@ -63,6 +63,7 @@ class Recorder:
         self._full = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._taking = asyncio.Lock()
         self._jitter = random.Random()
         self.recorded = 0
         self.dropped = 0
@@ -100,22 +101,33 @@ class Recorder:
         await self._idle.wait()
 
     async def run(self) -> None:
-        """Flush for ever.
+        """Flush for ever, up to `FLUSHES` at a time: one is made while another is written.
 
         Raises:
             LeaseLost: this worker was declared lost; its results belong to nobody.
         """
+        flushes = [asyncio.create_task(self._flush_for_ever()) for _ in range(FLUSHES)]
+        try:
+            await asyncio.gather(*flushes)
+        finally:
+            for task in flushes:
+                task.cancel()
+            await asyncio.gather(*flushes, return_exceptions=True)
+
+    async def _flush_for_ever(self) -> None:
         while True:
-            await self._arrived.wait()
-            await self._gather()
-            batch = self._pending[: self._settings.flush_results]
-            del self._pending[: len(batch)]
-            self._writing = len(batch)
+            async with self._taking:
+                await self._arrived.wait()
+                await self._gather()
+                batch = self._pending[: self._settings.flush_results]
+                del self._pending[: len(batch)]
+                self._writing += len(batch)
+                if not self._pending:
+                    self._arrived.clear()
             await self._flush(batch)
-            self._writing = 0
             self._held.difference_update((f.job.id, f.job.attempt) for f in batch)
-            if not self._pending:
-                self._arrived.clear()
+            self._writing -= len(batch)
+            if not self.unrecorded:
                 self._idle.set()
 
     async def _gather(self) -> None:

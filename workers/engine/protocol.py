@@ -8,7 +8,7 @@ such a call would be a barrier.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from core.generation import GenerationRequest, Outcome
 
@@ -68,8 +68,7 @@ class LocalAdapter:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class EngineRequest:
+class EngineRequest(NamedTuple):
     """One request on its way into the engine.
 
     Args:
