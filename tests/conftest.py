@@ -4,6 +4,7 @@ Every test that takes `database_url` gets a database of its own, cloned from a m
 """
 
 import os
+import signal
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +15,16 @@ import pytest
 from db.database import Database
 from db.migrate import upgrade
 from tests.support.servers import PostgresServer, ValkeyServer
+
+
+def pytest_configure() -> None:
+    """Let SIGINT through to the processes that tests start.
+
+    A shell ignores it in its background jobs, and a program inherits that: under `make test &` no
+    process of ours could be interrupted.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
