@@ -4,8 +4,12 @@ A class's docstring is the title that the user reads; the message says which fie
 what to do.
 """
 
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from core.adapter_rules.findings import Finding
 
 
 class ErrorCode(StrEnum):
@@ -15,6 +19,7 @@ class ErrorCode(StrEnum):
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     ADAPTER_MISSING = "adapter_missing"
     ADAPTER_LOAD_FAILED = "adapter_load_failed"
+    ADAPTER_REJECTED = "adapter_rejected"
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"
     ENGINE_ERROR = "engine_error"
     UNSTORABLE = "unstorable"
@@ -50,6 +55,20 @@ class BodyTooLarge(LorryError):
 
     status = 413
     code = "body_too_large"
+
+
+class FileTooLarge(LorryError):
+    """The file is too large."""
+
+    status = 413
+    code = "file_too_large"
+
+
+class UploadInvalid(LorryError):
+    """The upload cannot be used."""
+
+    status = 422
+    code = "invalid_upload"
 
 
 class ModelNotFound(LorryError):
@@ -89,6 +108,13 @@ class Unavailable(LorryError):
     retry_after: ClassVar[int] = 5
 
 
+class StoreUnavailable(LorryError):
+    """The adapter store cannot be reached."""
+
+    status = 503
+    code = "store_unavailable"
+
+
 class UsageError(LorryError):
     """The command cannot be carried out as given."""
 
@@ -100,3 +126,29 @@ class AdapterInvalid(LorryError):
 
     status = 422
     code = "adapter_invalid"
+
+
+class AdapterInUse(LorryError):
+    """The adapter is in use."""
+
+    status = 409
+    code = "adapter_in_use"
+
+
+class AdapterRejected(LorryError):
+    """The adapter cannot be served.
+
+    Args:
+        findings: everything that is wrong with it, at least one thing.
+    """
+
+    status = 422
+    code = "adapter_rejected"
+
+    def __init__(self, findings: "Sequence[Finding]") -> None:
+        more = f" (and {len(findings) - 1} more: see findings)" if len(findings) > 1 else ""
+        super().__init__(
+            findings[0].message + more,
+            findings=[{"code": one.code, "message": one.message} for one in findings],
+        )
+        self.findings = tuple(findings)

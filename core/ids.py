@@ -17,6 +17,11 @@ class IdPrefix(StrEnum):
     FILE = "file"
     ADAPTER = "adapter"
     KEY = "key"
+    SCHEDULE = "schedule"
+    RUN = "run"
+    EVENT = "evt"
+    WEBHOOK = "webhook"
+    DELIVERY = "delivery"
 
 
 def new_id() -> UUID:

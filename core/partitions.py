@@ -8,6 +8,9 @@ from typing import Final
 
 #: The bucket of the base model's own jobs.
 BASE_PARTITION: Final = 0
+#: The highest number of a partition. From `LORRY_PARTITIONS` on they are dedicated ones, which an
+#: operator gives to adapters by hand; their doorbells are heard by the workers that name them.
+LAST_PARTITION: Final = 9999
 
 
 def partition_of(adapter: str, partitions: int) -> int:

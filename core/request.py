@@ -13,6 +13,8 @@ from core.generation import Endpoint
 from core.invalid import FieldError, field_errors, invalid_request, shown
 from core.json_text import parse_object
 from core.request_body import DEFAULT_COMPLETION_TOKENS, ChatBody, CommonBody, CompletionBody
+from core.webhook_addresses import Allowed
+from core.webhook_url import UrlRefused, check_url
 
 #: What an answer without max_tokens is expected to take, for sizing only.
 EXPECTED_CHAT_TOKENS: Final = 512
@@ -20,7 +22,9 @@ CHARACTERS_PER_TOKEN: Final = 4
 _LARGEST_COUNT: Final = 2**31 - 1
 
 #: Fields that a job keeps beside the body that the engine sees.
-OUR_FIELDS: Final = frozenset({"model", "priority", "deadline", "metadata", "stream"})
+OUR_FIELDS: Final = frozenset(
+    {"model", "priority", "deadline", "metadata", "stream", "webhook_url"}
+)
 
 _NO_TOOLS: Final = "is not supported: answers are text; describe the tools in a message, or ask "
 #: Fields of OpenAI's or vLLM's that people do send, each with what to do instead.
@@ -29,7 +33,6 @@ REFUSED: Final[Mapping[str, str]] = {
     "tool_choice": _NO_TOOLS + "for JSON with response_format",
     "functions": _NO_TOOLS + "for JSON with response_format",
     "function_call": _NO_TOOLS + "for JSON with response_format",
-    "webhook_url": "is not supported until webhooks exist; poll the job with ?wait=30 instead",
     "stream_options": "is not supported: answers are never streamed; remove it",
     "guided_json": "is not supported; give the schema as response_format",
     "structured_outputs": "is not supported; give the schema as response_format",
@@ -54,6 +57,7 @@ class JobRequest:
     priority: int
     deadline: float | None
     metadata: Mapping[str, str] | None
+    webhook_url: str | None = None
 
     def body_json(self) -> str:
         """`body` as canonical JSON: sorted keys, no spaces."""
@@ -66,6 +70,8 @@ class JobRequest:
     def fingerprint(self) -> bytes:
         """SHA-256 over everything that was asked: equal for requests that mean the same."""
         whole = [self.model, self.body, self.priority, self.deadline, self.metadata]
+        if self.webhook_url is not None:  # without one, as in every release before
+            whole.append(self.webhook_url)
         return hashlib.sha256(orjson.dumps(whole, option=orjson.OPT_SORT_KEYS)).digest()
 
     def deadline_at(self, now: float) -> datetime | None:
@@ -89,6 +95,17 @@ class JobRequest:
         else:
             return datetime.fromtimestamp(self.deadline, UTC)
         raise invalid_request([FieldError("deadline", problem, str(self.deadline))])
+
+    def check_webhook(self, allowed: Allowed) -> None:
+        """Refuse a `webhook_url` that names a forbidden address, or is not encrypted.
+
+        Apart from parsing, since the operator's settings have a say in it.
+
+        Raises:
+            InvalidRequest: it cannot be used.
+        """
+        if self.webhook_url is not None:
+            check_webhook_url(self.webhook_url, allowed)
 
     def check_context(self, max_model_len: int) -> None:
         """Refuse a request that cannot fit, whatever its text.
@@ -149,6 +166,14 @@ class JobRequest:
         return prompt if isinstance(prompt, list) else None
 
 
+def check_webhook_url(url: str, allowed: Allowed, field: str = "webhook_url") -> None:
+    """Raise InvalidRequest, naming `field`, where webhooks may not go to `url`."""
+    try:
+        check_url(url, allowed)
+    except UrlRefused as error:
+        raise invalid_request([FieldError(field, str(error), shown(url))]) from None
+
+
 def _text_length(message: Mapping[str, Any]) -> int:
     content = message["content"]
     return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
@@ -161,7 +186,11 @@ def parse_job_request(raw: bytes) -> JobRequest:
         InvalidRequest: naming field, value and remedy; `details["errors"]` lists every error as
             {field, message, value?}.
     """
-    given = parse_object(raw)
+    return check_job_request(parse_object(raw))
+
+
+def check_job_request(given: dict[str, Any]) -> JobRequest:
+    """Check what was read already; `given` is used up. Raises like `parse_job_request`."""
     errors = _take_refused(given)
     kind = _body_class(given, errors)
     if kind is not None:
@@ -237,6 +266,7 @@ def _request_of(body: CommonBody, given: Mapping[str, Any]) -> JobRequest:
         priority=body.priority or 0,
         deadline=body.deadline,
         metadata=body.metadata,
+        webhook_url=body.webhook_url,
     )
 
 

@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 from core import priority
 from core.json_schema import schema_problem
 from core.json_values import Uncarriable, check_text, check_value
+from core.webhook_url import UrlRefused, parse_url
 
 INT64: Final = 2**63
 INT32: Final = 2**31
@@ -78,6 +79,14 @@ def _valid_schema(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
+def _webhook_url(url: str) -> str:
+    try:
+        parse_url(url)
+    except UrlRefused as error:
+        raise _problem(str(error)) from None
+    return url
+
+
 def _template_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     reserved = sorted(RESERVED_TEMPLATE_KWARGS & kwargs.keys())
     if reserved:
@@ -99,6 +108,7 @@ TokenId = Annotated[int, Field(ge=0, lt=INT32)]
 AnswerTokens = Annotated[int, Field(ge=1, lt=INT32)]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_carriable_text)]
 MetadataValue = Annotated[str, Field(max_length=512), AfterValidator(_carriable_text)]
+WebhookUrl = Annotated[str, AfterValidator(_webhook_url)]
 BiasedToken = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 
 
@@ -229,6 +239,7 @@ class CommonBody(Strict):
     metadata: dict[MetadataKey, MetadataValue] | None = Field(
         None, max_length=16, description="your own pairs, given back with the job"
     )
+    webhook_url: WebhookUrl | None = Field(None, description="told when the job is final")
 
     @property
     def answer_tokens(self) -> int | None:

@@ -7,13 +7,14 @@ refused by every command.
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import platformdirs
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from core.errors import UsageError
+from core.webhook_addresses import Allowed
 
 PREFIX = "LORRY_"
 #: Read by the command line as a client, not by the services.
@@ -27,7 +28,7 @@ class Settings(BaseSettings):
 
     database_url: str | None = Field(None, description="Postgres, as postgresql://…")
     broker_url: str | None = Field(None, description="Celery broker, as redis://… or amqp://…")
-    store_url: str | None = Field(None, description="where adapter files are kept (a folder)")
+    store_url: str | None = Field(None, description="where files are kept: a folder or s3://…")
     cache_dir: Path | None = Field(None, description="local copies of adapters and the demo base")
 
     lease_seconds: float = Field(30, gt=0, description="how long a silent worker keeps its jobs")
@@ -41,16 +42,45 @@ class Settings(BaseSettings):
     feed_factor: float = Field(1.5, ge=1, le=8, description="jobs in the engine / max_num_seqs")
     flush_seconds: float = Field(0.05, gt=0, description="longest wait of a result for its flush")
     flush_results: int = Field(256, ge=1, description="results recorded at once")
+    fold_copy: Literal["auto", "gpu", "host"] = Field(
+        "auto", description="where a copy of the base weights is kept for folding"
+    )
 
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="largest request body")
-    retention_seconds: float = Field(30 * 86_400, gt=0, description="how long finished jobs stay")
-    webhook_allow: str = Field("", description="networks of your own that webhooks may reach")
+    retention_seconds: float = Field(
+        30 * 86_400, ge=0, description="how long finished jobs and batches stay; 0 is for ever"
+    )
+    max_file_bytes: int = Field(200_000_000, ge=1, description="largest file of a batch")
+    max_batch_lines: int = Field(50_000, ge=1, description="most lines of a batch")
+    max_adapter_bytes: int = Field(
+        4 * 1024**3, ge=1024, description="largest upload of an adapter, and its files unpacked"
+    )
+    adapter_cache_bytes: int = Field(
+        64 * 1024**3, ge=0, description="a worker's local copies of adapters, oldest deleted first"
+    )
+    webhook_allow: str = Field(
+        "", description="networks of your own that webhooks may reach: 10.0.0.0/8,fd00::/8"
+    )
+    webhook_seconds: float = Field(30, gt=0, le=120, description="longest wait for a receiver")
+    public_url: str | None = Field(
+        None, description="the API's address as clients know it, for links in webhooks"
+    )
     require_keys: bool = Field(True, description="whether the API asks for a bearer key")
     metrics_port: int | None = Field(
         None, ge=0, le=65_535, description="a worker's port for /metrics; 0 is any free one"
     )
     metrics_host: str = Field("127.0.0.1", description="where a worker's /metrics listens")
     log_level: str = Field("info", description="debug, info, warning or error")
+
+    @field_validator("webhook_allow")
+    @classmethod
+    def _networks(cls, text: str) -> str:
+        Allowed.parse(text)
+        return text
+
+    def webhook_networks(self) -> Allowed:
+        """The networks of `LORRY_WEBHOOK_ALLOW`."""
+        return Allowed.parse(self.webhook_allow)
 
     def cache_folder(self) -> Path:
         """Where local copies are kept: `LORRY_CACHE_DIR`, or the user's cache folder."""

@@ -21,27 +21,41 @@ else:
 CONNECT_SECONDS = 5.0
 #: Longest wait for one statement: a network that hangs must not hang us.
 COMMAND_SECONDS = 30.0
+#: Connections of a pool that are kept during other work, such as file I/O under a session's lock.
+LONG_USES = 2
+#: A client frozen inside a transaction, as by SIGSTOP, keeps its locks no longer than this.
+IDLE_TRANSACTION_SECONDS = 15.0
 
 SESSION = {
     "application_name": "lorry",
     "timezone": "UTC",
+    "idle_in_transaction_session_timeout": f"{IDLE_TRANSACTION_SECONDS:.0f}s",
     # a queue's working set is in memory: a few hundred rows by key beat a scan of the table
     "random_page_cost": "1.1",
+    # a client that vanished with its network must not keep its connection
+    "tcp_keepalives_idle": "30",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
 }
 
-#: Failures of the connection or the server, not of the statement: another try may succeed.
+#: Failures of the connection, the server or its machine, not of the statement: another try may
+#: succeed. By classes of SQLSTATE where one is named whole.
 OUTAGES = (
     OSError,
     TimeoutError,
     asyncio.TimeoutError,
-    asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.TooManyConnectionsError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.InsufficientResourcesError,
+    asyncpg.InternalClientError,  # the driver and the server are out of step
+    asyncpg.PostgresConnectionError,  # 08
+    asyncpg.TransactionRollbackError,  # 40: a deadlock, of which this was the victim
+    asyncpg.InsufficientResourcesError,  # 53: disk full, too many connections
+    asyncpg.OperatorInterventionError,  # 57: shut down, starting up, cancelled
+    asyncpg.PostgresSystemError,  # 58: I/O
+    asyncpg.InternalServerError,  # XX
+    asyncpg.LockNotAvailableError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.InvalidCachedStatementError,  # the schema was migrated under this connection
 )
 
 
@@ -50,15 +64,25 @@ class Database:
 
     def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
         self._pool = pool
+        #: to be held by who keeps a connection during other work: the rest of the pool stays free
+        self.long_uses = asyncio.Semaphore(LONG_USES)
 
     @classmethod
-    async def open(cls, url: str, *, min_size: int = 1, max_size: int = 8) -> Self:
+    async def open(
+        cls,
+        url: str,
+        *,
+        min_size: int = 1,
+        max_size: int = 8,
+        command_seconds: float = COMMAND_SECONDS,
+    ) -> Self:
         """Open a pool.
 
         Args:
             url: `postgresql://…`, as libpq writes it.
             min_size: connections opened at once.
             max_size: the most connections; a caller beyond them waits.
+            command_seconds: longest wait for one statement.
 
         Raises:
             Unavailable: the server cannot be reached.
@@ -69,7 +93,7 @@ class Database:
                 min_size=min_size,
                 max_size=max_size,
                 timeout=CONNECT_SECONDS,
-                command_timeout=COMMAND_SECONDS,
+                command_timeout=command_seconds,
                 reset=_keep_session,
                 server_settings=SESSION,
             )
@@ -97,7 +121,13 @@ class Database:
         """
         try:
             async with self._pool.acquire(timeout=CONNECT_SECONDS) as connection:
-                yield connection
+                try:
+                    yield connection
+                except (asyncpg.InterfaceError, asyncpg.InternalClientError):
+                    # a server's last words may have come between two statements: what state it is
+                    # in nobody knows, and the pool would hand it out again
+                    connection.terminate()
+                    raise
         except OUTAGES as error:
             raise unavailable(error) from error
         except asyncpg.UndefinedTableError as error:
@@ -117,7 +147,8 @@ class Database:
     async def close(self) -> None:
         """Close every connection; at once if they do not end within a second."""
         try:
-            await asyncio.wait_for(self._pool.close(), 1)
+            async with asyncio.timeout(1):
+                await self._pool.close()
         except (TimeoutError, *OUTAGES):
             self._pool.terminate()
 
@@ -129,4 +160,6 @@ async def _keep_session(_connection: object) -> None:
 def unavailable(error: BaseException) -> Unavailable:
     """The error a client sees when Postgres is out of reach."""
     detail = str(error) or type(error).__name__
+    if isinstance(error, asyncpg.TransactionRollbackError | asyncpg.LockNotAvailableError):
+        return Unavailable(f"Postgres let another transaction go first ({detail}); try again")
     return Unavailable(f"Postgres cannot be reached ({detail}); try again in a few seconds")

@@ -59,11 +59,22 @@ def transport_options(broker_url: str) -> dict[str, Any]:
     }
 
 
+def publisher_timeouts(broker_url: str) -> dict[str, float]:
+    """Bounded waits for a broker that takes connections and then says nothing."""
+    if broker_url.startswith(("redis", "valkey", "sentinel")):
+        return {"socket_timeout": BROKER_SECONDS}
+    if broker_url.startswith("amqp"):
+        return {"read_timeout": BROKER_SECONDS, "write_timeout": BROKER_SECONDS}
+    return {}
+
+
 class Doorbell:
     """Rings partitions from a thread of its own: on the leading edge, then once per pause."""
 
     def __init__(self, broker_url: str) -> None:
         self._app = celery_app(broker_url)
+        # a publisher reads nothing but answers; one that never comes must not hold up every ring
+        self._app.conf.broker_transport_options |= publisher_timeouts(broker_url)
         self._lock = threading.Condition()
         #: queues that want a ring, and when each was last rung (monotonic seconds)
         self._wanted: set[str] = set()

@@ -7,6 +7,7 @@ from uuid import UUID
 import asyncpg
 
 from db.database import Connection, Database
+from db.finishing import CONSEQUENCES, FINISHED, NO_TOKENS
 from db.registry import Target
 from db.waiting import PARTITION_OF_LINE, ensure_waiting
 
@@ -32,6 +33,7 @@ class NewJob:
     tokens: int
     deadline: datetime | None = None
     metadata: str | None = None
+    webhook_url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ async def submit(database: Database, job: NewJob, use: IdempotencyUse | None) ->
             job.model,
             job.body,
             job.metadata,
+            job.webhook_url,
             *([] if use is None else [use.route, use.key, use.fingerprint]),
         )
         assert row is not None
@@ -89,12 +92,13 @@ def _submit_statement(condition: str, first: str = "") -> str:
     return f"""
 WITH {first} job AS (
     INSERT INTO jobs (id, tenant_id, base_model_id, adapter_version_id, priority, place, tokens,
-                      deadline)
-    SELECT $1, $2, $3, $4, $5, $6, $7, $8 WHERE {condition}
+                      deadline, webhook)
+    SELECT $1, $2, $3, $4, $5, $6, $7, $8, CASE WHEN $13::text IS NOT NULL THEN true END
+    WHERE {condition}
     RETURNING 1
 ), input AS (
-    INSERT INTO job_inputs (job_id, tenant_id, endpoint, model, body, metadata)
-    SELECT $1, $2, $9, $10, $11::text::json, $12::text::json WHERE {condition}
+    INSERT INTO job_inputs (job_id, tenant_id, endpoint, model, body, metadata, webhook_url)
+    SELECT $1, $2, $9, $10, $11::text::json, $12::text::json, $13::text WHERE {condition}
 ), held AS (
     SELECT FROM waiting_adapters
     WHERE base_model_id = $3 AND adapter_version_id = $4 AND tenant_id = $2
@@ -116,7 +120,7 @@ _SUBMIT_ONCE = _submit_statement(
     "EXISTS (SELECT FROM used)",
     """used AS (
     INSERT INTO idempotency_keys (tenant_id, route, key, fingerprint, resource_id)
-    VALUES ($2, $13, $14, $15, $1)
+    VALUES ($2, $14, $15, $16, $1)
     ON CONFLICT DO NOTHING
     RETURNING 1
 ),""",
@@ -193,14 +197,17 @@ async def cancel(database: Database, tenant_id: int, job_id: UUID) -> None:
     A running one keeps its lease owner: that is how its worker learns to abort it.
     """
     async with database.connection() as connection:
-        await connection.execute(
-            """
-            UPDATE jobs SET state = 'cancelled', finished_at = now()
-            WHERE id = $2 AND tenant_id = $1 AND state IN ('queued', 'running')
-            """,
-            tenant_id,
-            job_id,
-        )
+        await connection.execute(_CANCEL, tenant_id, job_id)
+
+
+_CANCEL = f"""
+WITH finished AS (
+    UPDATE jobs SET state = 'cancelled', finished_at = now()
+    WHERE id = $2 AND tenant_id = $1 AND state IN ('queued', 'running')
+    RETURNING {FINISHED}, {NO_TOKENS}
+){CONSEQUENCES}
+SELECT count(*) FROM finished
+"""
 
 
 async def finished_among(database: Database, ids: list[UUID]) -> set[UUID]:

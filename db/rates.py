@@ -4,7 +4,7 @@ Small and rewritten every few seconds; losing it costs nothing but a few seconds
 tenant's data is in it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from db.database import Database
@@ -54,6 +54,16 @@ async def publish(
             list(rates),
             [rate.tokens_per_second for rate in rates.values()],
             [rate.jobs_per_second for rate in rates.values()],
+        )
+
+
+async def publish_resident(
+    database: Database, worker_id: int, adapter_version_ids: Collection[int]
+) -> None:
+    """Tell which adapter versions lie in a worker's slots. No index is touched."""
+    async with database.connection() as connection:
+        await connection.execute(
+            "UPDATE workers SET resident = $2 WHERE id = $1", worker_id, list(adapter_version_ids)
         )
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from uuid import UUID
 
+from db.attempts import noted
 from db.database import Database
+from db.finishing import CONSEQUENCES, FINISHED
 from db.waiting import Line, ensure_waiting
 
 
@@ -19,6 +21,8 @@ class Result(NamedTuple):
     error_message: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    folded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,7 @@ class RetryLater:
     id: UUID
     attempt: int
     delay_seconds: float
+    error: str
 
 
 async def record(database: Database, worker_id: int, results: Sequence[Result]) -> set[UUID]:
@@ -53,6 +58,8 @@ async def record(database: Database, worker_id: int, results: Sequence[Result]) 
             [r.error_message for r in results],
             [r.prompt_tokens for r in results],
             [r.completion_tokens for r in results],
+            [r.cached_tokens for r in results],
+            [r.folded for r in results],
         )
     return {row["id"] for row in rows}
 
@@ -60,11 +67,12 @@ async def record(database: Database, worker_id: int, results: Sequence[Result]) 
 # The results travel along from step to step, so that they are joined with the table only once.
 # Every read of `jobs` is by primary key. The owner is compared such that no index serves it: by
 # ix_jobs_owned Postgres would wade through the entries of every job this worker ever ran.
-RECORD = """
+RECORD = f"""
 WITH result AS MATERIALIZED (
     SELECT * FROM unnest($2::uuid[], $3::int[], $4::text[], $5::text[], $6::text[],
-                         $7::int[], $8::int[])
-        AS r(id, attempt, response, error_code, error_message, prompt_tokens, completion_tokens)
+                         $7::int[], $8::int[], $9::int[], $10::bool[])
+        AS r(id, attempt, response, error_code, error_message, prompt_tokens, completion_tokens,
+             cached_tokens, folded)
 ), fenced AS MATERIALIZED (
     SELECT id, attempt FROM jobs
     WHERE id = ANY($2::uuid[]) AND lease_owner IS NOT DISTINCT FROM $1 AND state = 'running'
@@ -79,15 +87,15 @@ WITH result AS MATERIALIZED (
     FROM result r
     WHERE jobs.id = ANY(ARRAY(SELECT id FROM fenced)) AND jobs.id = r.id
       AND jobs.attempt = r.attempt
-    RETURNING jobs.id, jobs.tenant_id, r.response, r.error_code, r.error_message,
-              r.prompt_tokens, r.completion_tokens
+    RETURNING {FINISHED}, r.response, r.error_code, r.error_message,
+              r.prompt_tokens, r.completion_tokens, r.cached_tokens, r.folded
 ), answered AS (
     INSERT INTO job_outputs (tenant_id, job_id, response, error_code, error_message,
-                             prompt_tokens, completion_tokens)
+                             prompt_tokens, completion_tokens, worker_id, folded)
     SELECT tenant_id, id, response::json, error_code, error_message,
-           prompt_tokens, completion_tokens
+           prompt_tokens, completion_tokens, $1, folded
     FROM finished
-)
+){CONSEQUENCES}
 SELECT id FROM finished
 """
 
@@ -95,24 +103,35 @@ SELECT id FROM finished
 async def retry_later(
     database: Database, worker_id: int, retries: Sequence[RetryLater]
 ) -> set[UUID]:
-    """Queue failed attempts again, each after its delay, where the fence holds; returns ids."""
+    """Queue failed attempts again, each after its delay, where the fence holds; returns ids.
+
+    An attempt that failed has not killed its engine: a suspect is cleared by it.
+    """
     async with database.transaction() as connection:
         rows = await connection.fetch(
-            """
-            UPDATE jobs SET state = 'queued', lease_owner = NULL, failures = failures + 1,
-                            not_before = now() + make_interval(secs => r.delay)
-            FROM unnest($2::uuid[], $3::int[], $4::float8[]) AS r(id, attempt, delay)
-            WHERE jobs.id = r.id AND jobs.attempt = r.attempt AND lease_owner = $1
-              AND state = 'running'
-            RETURNING jobs.id, base_model_id, adapter_version_id, tenant_id
-            """,
+            _RETRY_LATER,
             worker_id,
             [r.id for r in retries],
             [r.attempt for r in retries],
             [r.delay_seconds for r in retries],
+            [r.error for r in retries],
         )
         lines = {
             Line(row["base_model_id"], row["adapter_version_id"], row["tenant_id"]) for row in rows
         }
         await ensure_waiting(connection, lines)
     return {row["id"] for row in rows}
+
+
+_RETRY_LATER = f"""
+WITH retried AS (
+    UPDATE jobs SET state = 'queued', lease_owner = NULL, failures = failures + 1,
+                    not_before = now() + make_interval(secs => r.delay),
+                    suspect_group = NULL, suspect_deaths = NULL
+    FROM unnest($2::uuid[], $3::int[], $4::float8[], $5::text[]) AS r(id, attempt, delay, error)
+    WHERE jobs.id = r.id AND jobs.attempt = r.attempt AND lease_owner = $1 AND state = 'running'
+    RETURNING jobs.id, tenant_id, jobs.attempt, started_at, r.error,
+              base_model_id, adapter_version_id
+){noted("retried", "'retried'", "error")}
+SELECT id, base_model_id, adapter_version_id, tenant_id FROM retried
+"""

@@ -14,6 +14,8 @@ from db.rates import LIVE_RATES
 
 #: Index entries that one look may count, over all lines.
 COUNT_BUDGET: Final = 100_000
+#: Webhook deliveries that are counted at most.
+MOST_DELIVERIES: Final = 100_000
 #: The most lines that are counted at all: those that have waited longest for a turn.
 MOST_LINES: Final = 5_000
 
@@ -69,6 +71,21 @@ class WorkerNow:
     max_num_seqs: int | None
     heartbeat_age_seconds: float
     tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveriesNow:
+    """Webhook deliveries that are owed, counted up to `MOST_DELIVERIES`.
+
+    Args:
+        due: to be sent now.
+        later: being sent, or waiting for their next attempt.
+        oldest_due_seconds: how long the oldest of those due has been; 0 without any.
+    """
+
+    due: int
+    later: int
+    oldest_due_seconds: float
 
 
 async def queue_now(database: Database) -> QueueNow:
@@ -153,3 +170,38 @@ async def workers_now(database: Database) -> list[WorkerNow]:
             """
         )
     return [WorkerNow(**dict(row)) for row in rows]
+
+
+async def deliveries_now(database: Database) -> DeliveriesNow:
+    """How far sending is behind.
+
+    Raises:
+        Unavailable: Postgres cannot be reached.
+    """
+    async with database.connection() as connection:
+        row = await connection.fetchrow(
+            """
+            SELECT count(*) FILTER (WHERE seconds >= 0)::int AS due,
+                   count(*) FILTER (WHERE seconds < 0)::int AS later,
+                   greatest(max(seconds), 0)::float8 AS oldest_due_seconds
+            FROM (SELECT extract(epoch FROM now() - due_at) AS seconds
+                  FROM deliveries WHERE state = 'pending' LIMIT $1) pending
+            """,
+            MOST_DELIVERIES,
+        )
+    assert row is not None
+    return DeliveriesNow(**dict(row))
+
+
+async def lost_workers(database: Database) -> dict[str, int]:
+    """How many workers were declared lost in the last hour, by base model."""
+    async with database.connection() as connection:
+        rows = await connection.fetch(
+            """
+            SELECT b.name, count(*) AS workers
+            FROM workers w JOIN base_models b ON b.id = w.base_model_id
+            WHERE w.lost_at > now() - interval '1 hour'
+            GROUP BY b.name
+            """
+        )
+    return {row["name"]: row["workers"] for row in rows}

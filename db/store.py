@@ -1,7 +1,8 @@
-"""The adapter store: folders of weights, addressed by their content and never changed.
+"""The adapter store: weights addressed by their content and never changed.
 
 A version's address is the SHA-256 of its manifest, which names each file with its own SHA-256. So
-one number, kept in Postgres, vouches for every byte that a worker loads.
+one number, kept in Postgres, vouches for every byte that a worker loads. Objects lie under
+`adapters/<sha256>/`, the manifest written last: an adapter is there once its manifest is.
 """
 
 import hashlib
@@ -11,10 +12,10 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
-from urllib.parse import unquote, urlparse
+from typing import Final, Self
 
-from core.errors import AdapterInvalid, UsageError
+from core.errors import AdapterInvalid
+from db.blobs import CHUNK_BYTES, Blobs
 
 #: What belongs to an adapter. Training leaves more behind (optimizer state, logs): not stored.
 ADAPTER_FILES = (
@@ -26,7 +27,10 @@ ADAPTER_FILES = (
     "tokenizer_config.json",
 )
 REQUIRED_FILES = ADAPTER_FILES[:2]
-_MANIFEST = "manifest.json"
+_MANIFEST: Final = "manifest.json"
+#: Where adapters lie; before 0.2 they lay at the top, and are still read from there.
+_PREFIX: Final = "adapters/"
+_PREFIXES: Final = (_PREFIX, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,79 +42,113 @@ class StoredAdapter:
 
 
 class Store:
-    """A folder that every API and worker can reach (object stores come later)."""
+    """Adapters in the blob store that every API and worker can reach. Everything blocks."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, blobs: Blobs, url: str = "") -> None:
+        self._blobs = blobs
+        self._url = url
 
     @classmethod
     def open(cls, url: str) -> Self:
-        """The store behind `LORRY_STORE_URL`: a folder's path or a `file://` address.
+        """The store behind `LORRY_STORE_URL`.
 
         Raises:
-            UsageError: an address of another kind.
+            UsageError: an address that cannot be used.
         """
-        parsed = urlparse(url)
-        if parsed.scheme not in ("", "file"):
-            raise UsageError(
-                f"LORRY_STORE_URL={url!r}: {parsed.scheme}:// is not supported yet; "
-                "give a folder that the API and every worker can reach"
-            )
-        root = Path(unquote(parsed.path) if parsed.scheme else url).absolute()
-        root.mkdir(parents=True, exist_ok=True)
-        return cls(root)
+        return cls(Blobs.open(url), url)
 
     def put(self, folder: Path) -> StoredAdapter:
-        """Copy an adapter's files in; a folder with the same content is there only once.
-
-        Blocking. Half-copied folders are never visible: the finished copy is renamed into place.
+        """Copy an adapter's files in; the same content is there only once.
 
         Raises:
             AdapterInvalid: the folder is missing, or lacks a file that an adapter needs.
         """
-        files = adapter_files(folder)
-        manifest = {path.name: file_sha256(path) for path in files}
-        sha256 = manifest_sha256(manifest)
-        size = sum(path.stat().st_size for path in files)
-        target = self._root / sha256
-        if not target.exists():
-            scratch = Path(tempfile.mkdtemp(prefix=".incoming-", dir=self._root))
-            for path in files:
-                shutil.copyfile(path, scratch / path.name)
-            (scratch / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-            _move_into_place(scratch, target)
-        return StoredAdapter(sha256, size)
+        manifest, stored = _address(folder)
+        if not self.has(stored.sha256):
+            for path in adapter_files(folder):
+                with (
+                    path.open("rb") as source,
+                    self._blobs.write(f"{_PREFIX}{stored.sha256}/{path.name}") as target,
+                ):
+                    shutil.copyfileobj(source, target, CHUNK_BYTES)
+            with self._blobs.write(f"{_PREFIX}{stored.sha256}/{_MANIFEST}") as target:
+                target.write(json.dumps(manifest, indent=1).encode())
+        return stored
 
-    def fetch(self, sha256: str, cache: Path) -> Path:
-        """A verified local copy of an adapter, fetched unless the cache holds one.
+    def has(self, sha256: str) -> bool:
+        """Whether an adapter is there, whole."""
+        return self._place(sha256) is not None
 
-        Blocking. The copy is verified byte for byte as it is made.
+    def fetch(self, sha256: str, into: Path) -> Path:
+        """A verified local copy of an adapter, made below `into` unless it is there.
 
-        Args:
-            sha256: the version's address.
-            cache: a local folder that belongs to Lorry.
+        The copy is verified byte for byte as it is made, and appears whole or not at all.
 
         Raises:
             AdapterInvalid: the store lacks it, or its bytes are not those of the address.
         """
-        target = cache.absolute() / sha256
+        target = into.absolute() / sha256
         if target.exists():
             return target
-        source = self._root / sha256
-        if not (source / _MANIFEST).exists():
-            raise AdapterInvalid(f"adapter {sha256} is not in the store {self._root}")
-        manifest: dict[str, str] = json.loads((source / _MANIFEST).read_text())
+        place = self._place(sha256)
+        if place is None:
+            raise AdapterInvalid(f"adapter {sha256} is not in the store {self._url}")
+        manifest = self._manifest(place)
         if manifest_sha256(manifest) != sha256:
             raise AdapterInvalid(f"adapter {sha256}: its manifest in the store was changed")
-        cache.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".incoming-", dir=cache))
-        for name, expected in manifest.items():
-            shutil.copyfile(source / name, scratch / name)
-            if file_sha256(scratch / name) != expected:
-                shutil.rmtree(scratch)
-                raise AdapterInvalid(f"adapter {sha256}: {name} in the store was changed")
-        _move_into_place(scratch, target)
+        into.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".incoming-", dir=into))
+        try:
+            for name, expected in manifest.items():
+                if self._copy_out(f"{place}/{name}", scratch / name) != expected:
+                    raise AdapterInvalid(f"adapter {sha256}: {name} in the store was changed")
+            _move_into_place(scratch, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
         return target
+
+    def delete(self, sha256: str) -> None:
+        """Remove an adapter, its manifest first; nothing happens where there is none."""
+        while (place := self._place(sha256)) is not None:
+            names = self._manifest(place)
+            self._blobs.delete(f"{place}/{_MANIFEST}")
+            for name in names:
+                self._blobs.delete(f"{place}/{name}")
+
+    def _place(self, sha256: str) -> str | None:
+        places = (f"{prefix}{sha256}" for prefix in _PREFIXES)
+        return next((p for p in places if self._blobs.exists(f"{p}/{_MANIFEST}")), None)
+
+    def _manifest(self, place: str) -> dict[str, str]:
+        try:
+            with self._blobs.read(f"{place}/{_MANIFEST}") as file:
+                manifest: dict[str, str] = json.loads(file.read())
+        except ValueError as error:
+            raise AdapterInvalid(f"{place}: its manifest in the store is broken") from error
+        if not set(manifest) <= set(ADAPTER_FILES):  # a name is a path on a worker's disk
+            raise AdapterInvalid(f"{place}: its manifest in the store was changed")
+        return manifest
+
+    def _copy_out(self, key: str, target: Path) -> str:
+        """Copy an object to a local file; returns its SHA-256."""
+        digest = hashlib.sha256()
+        with self._blobs.read(key) as source, target.open("wb") as file:
+            while chunk := source.read(CHUNK_BYTES):
+                digest.update(chunk)
+                file.write(chunk)
+        return digest.hexdigest()
+
+
+def address(folder: Path) -> StoredAdapter:
+    """The address that a folder's files have in any store. Blocking. Raises AdapterInvalid."""
+    return _address(folder)[1]
+
+
+def _address(folder: Path) -> tuple[dict[str, str], StoredAdapter]:
+    files = adapter_files(folder)
+    manifest = {path.name: file_sha256(path) for path in files}
+    size = sum(path.stat().st_size for path in files)
+    return manifest, StoredAdapter(manifest_sha256(manifest), size)
 
 
 def adapter_files(folder: Path) -> list[Path]:
@@ -143,6 +181,5 @@ def _move_into_place(scratch: Path, target: Path) -> None:
     try:
         os.replace(scratch, target)
     except OSError:
-        if not target.exists():
+        if not target.exists():  # else another process was first, with the same content
             raise
-        shutil.rmtree(scratch)  # another process was first, with the same content

@@ -1,6 +1,7 @@
 """The waiting list: which adapters have queued jobs, kept so that no look scans `jobs`.
 
-A row must stand wherever a queued job stands. Whoever queues a job inserts the row *or* holds the
+A row must stand wherever a queued job stands that is no suspect (those stand in groups of their
+own, db/suspects.py). Whoever queues a job inserts the row *or* holds the
 row that is there by a key-share lock until commit; whoever deletes a row takes it exclusively
 first and re-checks in a new statement. So a deletion never misses a job that is being queued.
 """
@@ -9,7 +10,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from core.partitions import BASE_PARTITION
-from db.database import Connection
+from db.database import Connection, Database
 
 
 class Line(NamedTuple):
@@ -79,7 +80,7 @@ async def drop_if_empty(connection: Connection, line: Line) -> bool:
           AND NOT EXISTS (
               SELECT FROM jobs
               WHERE base_model_id = $1 AND adapter_version_id = $2 AND tenant_id = $3
-                AND state = 'queued')
+                AND state = 'queued' AND suspect_group IS NULL)
         RETURNING true
         """,
         *line,
@@ -87,12 +88,43 @@ async def drop_if_empty(connection: Connection, line: Line) -> bool:
     return bool(deleted)
 
 
+async def drop_empty(database: Database, limit: int = 5_000) -> int:
+    """Take lines off the list whose jobs were all cancelled or expired; returns how many.
+
+    Workers do it for the lines that they look at. This is for those that nobody serves.
+    """
+    async with database.connection() as connection:
+        rows = await connection.fetch(_EMPTY, limit)
+    dropped = 0
+    for row in rows:
+        async with database.transaction() as connection:
+            dropped += await drop_if_empty(connection, Line(*row.values()))
+    return dropped
+
+
+# A subquery for its value stays a probe for each line; EXISTS could become a join with every job.
+_EMPTY = """
+SELECT base_model_id, adapter_version_id, tenant_id FROM (
+    SELECT * FROM waiting_adapters ORDER BY since LIMIT $1) w
+WHERE (SELECT true FROM jobs j
+       WHERE j.base_model_id = w.base_model_id AND j.adapter_version_id = w.adapter_version_id
+         AND j.tenant_id = w.tenant_id AND j.state = 'queued' AND j.suspect_group IS NULL
+       ORDER BY j.place LIMIT 1) IS NULL
+"""
+
+
 async def mark_drained(connection: Connection, line: Line) -> None:
-    """The line has just had its turn: it goes to the back of the waiting list."""
+    """The line has just had its turn: it goes to the back of the waiting list.
+
+    Where someone holds its row it keeps its place: a worker waits for nobody to end a turn.
+    """
     await connection.execute(
         """
         UPDATE waiting_adapters SET since = clock_timestamp()
-        WHERE base_model_id = $1 AND adapter_version_id = $2 AND tenant_id = $3
+        WHERE ctid = (
+            SELECT ctid FROM waiting_adapters
+            WHERE base_model_id = $1 AND adapter_version_id = $2 AND tenant_id = $3
+            FOR NO KEY UPDATE SKIP LOCKED)
         """,
         *line,
     )
@@ -110,12 +142,12 @@ async def rebuild(connection: Connection) -> int:
         """
         WITH RECURSIVE line AS (
             (SELECT base_model_id, adapter_version_id, tenant_id FROM jobs
-             WHERE state = 'queued'
+             WHERE state = 'queued' AND suspect_group IS NULL
              ORDER BY base_model_id, adapter_version_id, tenant_id LIMIT 1)
             UNION ALL
             SELECT next.* FROM line CROSS JOIN LATERAL (
                 SELECT base_model_id, adapter_version_id, tenant_id FROM jobs
-                WHERE state = 'queued'
+                WHERE state = 'queued' AND suspect_group IS NULL
                   AND (base_model_id, adapter_version_id, tenant_id)
                     > (line.base_model_id, line.adapter_version_id, line.tenant_id)
                 ORDER BY base_model_id, adapter_version_id, tenant_id LIMIT 1) next

@@ -1,12 +1,19 @@
 """Workers and their leases. A lease sits on the worker's row; its jobs name that row as owner."""
 
+import random
+from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import datetime
 from uuid import UUID
 
 import orjson
 
+from core.retry import lone_delay, lone_losses
+from db.claims import release_all
 from db.database import Connection, Database
-from db.waiting import Line, ensure_waiting
+from db.suspects import Death, put_apart
+
+_jitter = random.Random()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +67,26 @@ async def renew(database: Database, worker_id: int, lease_seconds: float) -> boo
     return bool(renewed)
 
 
-async def sign_off(database: Database, worker_id: int) -> None:
-    """A worker that stopped in order: whatever it still owns goes back to its line, at no cost."""
+async def sign_off(
+    database: Database, worker_id: int, death: Death | None = None, fed: Collection[UUID] = ()
+) -> int:
+    """A worker's end: whatever it still owns goes back at no cost; returns how many jobs.
+
+    Args:
+        death: where its engine died; the jobs in `fed` were in it and become suspects.
+    """
     async with database.transaction() as connection:
+        # a claim that is still under way holds the row FOR KEY SHARE: what it takes is seen below,
+        # and one that comes later finds the worker stopped
+        await connection.execute("SELECT FROM workers WHERE id = $1 FOR UPDATE", worker_id)
         await connection.execute(
             "UPDATE workers SET stopped_at = now(), lease_expires_at = now() WHERE id = $1",
             worker_id,
         )
-        rows = await connection.fetch(
-            """
-            UPDATE jobs SET state = 'queued', lease_owner = NULL, releases = releases + 1
-            WHERE lease_owner = $1 AND state = 'running'
-            RETURNING base_model_id, adapter_version_id, tenant_id
-            """,
-            worker_id,
-        )
+        apart = await put_apart(connection, worker_id, death, fed) if death and fed else 0
+        released = await release_all(connection, worker_id)
         await _disown_ended(connection, worker_id)
-        await ensure_waiting(connection, {Line(*row.values()) for row in rows})
+    return apart + released
 
 
 async def take_ended(database: Database, worker_id: int) -> list[tuple[UUID, int]]:
@@ -110,67 +120,56 @@ async def has_live_worker(database: Database, base_model: str) -> bool:
     return live
 
 
+async def clock(database: Database) -> datetime:
+    """The time by Postgres: the only clock that leases are compared with."""
+    now: datetime = await database.fetch_value("SELECT clock_timestamp()")
+    return now
+
+
 async def rescue_lost(
-    database: Database, lease_seconds: float, max_attempts: int
+    database: Database,
+    lease_seconds: float,
+    max_attempts: int,
+    in_touch_since: datetime | None = None,
 ) -> dict[int, int]:
     """Take the jobs of workers whose lease ran out, one worker per transaction.
 
-    Nobody is rescued until Postgres itself has been up for a full lease: a restart must not turn
-    every worker that could not renew meanwhile into a lost one.
+    Nobody is rescued until Postgres itself, and the rescuer's touch with it, have been up for a
+    full lease: an outage must not turn every worker that could not renew meanwhile into a lost one.
+
+    Args:
+        in_touch_since: when the rescuer's unbroken touch with Postgres began, by Postgres's clock;
+            None where the caller vouches for it.
 
     Returns:
         How many jobs were freed, by worker id.
     """
+    death = Death("rescued", "its worker was lost", lone_losses(max_attempts), lone_delay(_jitter))
     freed: dict[int, int] = {}
     while True:
         async with database.transaction() as connection:
-            worker_id = await connection.fetchval(
-                """
-                UPDATE workers SET lost_at = now() WHERE id = (
-                    SELECT id FROM workers
-                    WHERE lost_at IS NULL AND stopped_at IS NULL AND lease_expires_at < now()
-                      AND pg_postmaster_start_time() < now() - make_interval(secs => $1)
-                    ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED)
-                RETURNING id
-                """,
-                lease_seconds,
-            )
+            worker_id = await connection.fetchval(_LOSE, lease_seconds, in_touch_since)
             if worker_id is None:
                 return freed
-            freed[worker_id] = await _free_jobs(connection, worker_id, max_attempts)
+            apart = await put_apart(connection, worker_id, death, fed=None)
+            # what is left are suspects that it had not fed yet
+            freed[worker_id] = apart + await release_all(connection, worker_id)
+            await _disown_ended(connection, worker_id)
 
 
-async def _free_jobs(connection: Connection, worker_id: int, max_attempts: int) -> int:
-    """Queue a lost worker's running jobs again; those out of tries fail. Returns how many."""
-    rows = await connection.fetch(
-        """
-        WITH freed AS (
-            UPDATE jobs SET
-                failures = failures + 1,
-                lease_owner = NULL,
-                state = CASE WHEN failures + 1 < $2 THEN 'queued' ELSE 'failed' END,
-                finished_at = CASE WHEN failures + 1 < $2 THEN NULL ELSE now() END
-            WHERE lease_owner = $1 AND state = 'running'
-            RETURNING id, state, base_model_id, adapter_version_id, tenant_id
-        ), failed AS (
-            INSERT INTO job_outputs (tenant_id, job_id, error_code, error_message)
-            SELECT tenant_id, id, 'attempts_exhausted',
-                   format('its worker was lost %s times while it ran', $2::int)
-            FROM freed WHERE state = 'failed'
-        )
-        SELECT state, base_model_id, adapter_version_id, tenant_id FROM freed
-        """,
-        worker_id,
-        max_attempts,
-    )
-    await _disown_ended(connection, worker_id)
-    lines = {
-        Line(row["base_model_id"], row["adapter_version_id"], row["tenant_id"])
-        for row in rows
-        if row["state"] == "queued"
-    }
-    await ensure_waiting(connection, lines)
-    return len(rows)
+# One that has stopped owns nothing, unless it signed off as earlier releases did: past a claim that
+# was still under way.
+_LOSE = """
+UPDATE workers SET lost_at = now() WHERE id = (
+    SELECT id FROM workers
+    WHERE lost_at IS NULL AND lease_expires_at < now()
+      AND (stopped_at IS NULL OR EXISTS (
+          SELECT FROM jobs WHERE lease_owner = workers.id AND state = 'running'))
+      AND pg_postmaster_start_time() < now() - make_interval(secs => $1)
+      AND ($2::timestamptz IS NULL OR $2 <= now() - make_interval(secs => $1))
+    ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED)
+RETURNING id
+"""
 
 
 async def _disown_ended(connection: Connection, worker_id: int) -> None:
