@@ -33,6 +33,9 @@ class WorkerSpec:
         name: how the worker is listed; empty for one made from host and pid.
         partitions: the only partitions to serve; None for all.
         adapters: the only adapters to serve, by name; None for all.
+        pin: adapters that stay in their slots, by name.
+        preload: adapters that are loaded before the first job, by name.
+        fold: whether adapters are folded into the base's weights where it pays.
         parent_fd: read end of the launcher's pipe, for `watch_parent`; None without a launcher.
     """
 
@@ -42,6 +45,9 @@ class WorkerSpec:
     name: str = ""
     partitions: tuple[int, ...] | None = None
     adapters: tuple[str, ...] | None = None
+    pin: tuple[str, ...] = ()
+    preload: tuple[str, ...] = ()
+    fold: bool = True
     parent_fd: int | None = None
 
     def to_json(self, parent_fd: int | None = None) -> str:
@@ -52,7 +58,7 @@ class WorkerSpec:
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote. Raises ValueError or TypeError for anything else."""
         fields: dict[str, Any] = json.loads(text)
-        for name in ("flags", "partitions", "adapters"):
+        for name in ("flags", "partitions", "adapters", "pin", "preload"):
             if fields.get(name) is not None:
                 fields[name] = tuple(fields[name])
         return cls(**{**fields, "engine": EngineName(fields["engine"])})

@@ -6,20 +6,32 @@ reads numbers that may be one event old.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from enum import Enum
+from typing import Final, Literal, NamedTuple
 
 from prometheus_client import Histogram
 
 from core.labels import MOST_ADAPTERS, OTHER, adapter_label
-from workers.engine.protocol import EngineInfo
+from workers.engine.protocol import EngineInfo, FoldTimes
 from workers.rates import LiveRates
 
 JobOutcome = Literal["succeeded", "failed", "aborted"]
 
 _CALL_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 _LOAD_SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class Waiting(Enum):
+    """What waits in Postgres for a worker."""
+
+    NOTHING = "nothing"
+    #: work that could be fed: to the base model, or to an adapter that has or can have a slot
+    FEEDABLE = "feedable"
+    #: work, but every slot is held by another adapter's unfinished jobs
+    SLOT = "slot"
 
 
 @dataclass(slots=True)
@@ -34,11 +46,45 @@ class AdapterCounts:
     )
 
 
+class Seconds(NamedTuple):
+    """Time in each state since the worker started; see `DrainMetrics`."""
+
+    busy: float = 0.0
+    starved: float = 0.0
+    slot_bound: float = 0.0
+    load_stalled: float = 0.0
+
+
+class _Seen(NamedTuple):
+    """The state since `at`, and the seconds before; replaced whole, for other threads."""
+
+    at: float
+    seconds: Seconds = Seconds()
+    busy: bool = False
+    short: bool = False
+    waiting: Waiting = Waiting.NOTHING
+    loading: bool = False
+
+    def seconds_at(self, now: float) -> Seconds:
+        elapsed, before = now - self.at, self.seconds
+        starved = self.short and self.waiting is Waiting.FEEDABLE
+        slot_bound = self.short and self.waiting is Waiting.SLOT
+        return Seconds(
+            before.busy + (elapsed if self.busy else 0.0),
+            before.starved + (elapsed if starved else 0.0),
+            before.slot_bound + (elapsed if slot_bound else 0.0),
+            before.load_stalled + (elapsed if self.short and self.loading else 0.0),
+        )
+
+
 class DrainMetrics:
     """One worker's counts. The drain's event loop notes; any thread may read.
 
-    Starved is the time in which work waited (in Postgres, for this worker) while fewer jobs were
-    in the engine than the `max_num_seqs` that it can compute at once.
+    Short is an engine with fewer jobs than the `max_num_seqs` that it can compute at once. Starved
+    is the time in which it was short while work waited that could have been fed: the drain was too
+    slow. Slot-bound is the time in which it was short while all that waited needed a slot: nobody
+    could have been quicker. Load-stalled, mostly a part of starved, is the time in which it was
+    short while an adapter was being loaded.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -53,14 +99,32 @@ class DrainMetrics:
         #: read when scraped: how many slots have unfinished jobs, how many results wait
         self.slots_in_use: Callable[[], int] = _none
         self.unrecorded: Callable[[], int] = _none
+        #: likewise: workers that this one declared lost, and the jobs it freed of theirs
+        self.rescues: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self.suspects_run = 0
+        #: adapters folded, and tokens made while one was
+        self.folds = 0
+        self.folded_tokens = 0
+        self._folded_before = 0.0
+        self._folded_since: float | None = None
+        #: how long the engine stood still to restore and to fold
+        self.fold_pause_seconds = 0.0
         self._max_num_seqs = 0
         self._by_adapter: dict[int, AdapterCounts] = {}
         self._others = AdapterCounts()
-        self._busy = self._starving = False
-        self._busy_seconds = self._starved_seconds = 0.0
-        self._seen_at = clock()
+        #: adapters that stay in their slots
+        self.pinned = 0
+        #: read when scraped: adapters in the slots, with jobs or without
+        self.resident: Callable[[], int] = _none
+        #: adapters that left their slot for another, and local copies deleted for others
+        self.evictions = 0
+        self.cache_evictions = 0
+        self._seen = _Seen(clock())
 
         self.loads = _histogram("lorry_adapter_load_seconds", "Slot switches.", _LOAD_SECONDS)
+        self.fetches = _histogram(
+            "lorry_adapter_fetch_seconds", "Adapters brought to the local disk.", _LOAD_SECONDS
+        )
         self.claims = _histogram("lorry_claim_seconds", "Claims of chunks.", _CALL_SECONDS)
         self.records = _histogram("lorry_record_seconds", "Flushes of results.", _CALL_SECONDS)
 
@@ -90,29 +154,39 @@ class DrainMetrics:
         if outcome == "succeeded":
             self.rates.add(adapter_version_id, completion_tokens)
 
-    def observe_running(self, running: int, work_waiting: bool) -> None:
-        """Call at every change of either.
+    def observe_running(self, running: int, waiting: Waiting) -> None:
+        """Call at every change of either; the clock is read only where a state changes.
 
         Args:
             running: jobs in the engine.
-            work_waiting: whether this worker could be fed more if it were quick enough.
+            waiting: what waits for this worker, as far as it knows.
         """
-        now = self._clock()
-        elapsed = now - self._seen_at
-        self._seen_at = now
-        if self._busy:
-            self._busy_seconds += elapsed
-        if self._starving:
-            self._starved_seconds += elapsed
         self.running = running
-        self._busy = running > 0
-        self._starving = work_waiting and running < self._max_num_seqs
+        seen = self._seen
+        busy, short = running > 0, running < self._max_num_seqs
+        if busy is seen.busy and short is seen.short and waiting is seen.waiting:
+            return
+        now = self._clock()
+        self._seen = _Seen(now, seen.seconds_at(now), busy, short, waiting, seen.loading)
 
     # -- noted for every call -------------------------------------------------------------
 
-    def load(self, seconds: float) -> None:
-        """An adapter was loaded into a slot."""
-        self.loads.observe(seconds)
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """An adapter is being loaded into a slot; counted as a load unless it fails."""
+        started = self._note_loading(True)
+        try:
+            yield
+            self.loads.observe(self._clock() - started)
+        finally:
+            self._note_loading(False)
+
+    def _note_loading(self, loading: bool) -> float:
+        now = self._clock()
+        self._seen = self._seen._replace(
+            at=now, seconds=self._seen.seconds_at(now), loading=loading
+        )
+        return now
 
     def claim(self, seconds: float, jobs: int) -> None:
         """A claim came back, with so many jobs."""
@@ -128,17 +202,30 @@ class DrainMetrics:
         """Results that the fence refused: their jobs were cancelled, expired or rescued."""
         self.dropped_results += results
 
+    def suspects(self, jobs: int) -> None:
+        """A group of suspects has the engine."""
+        self.suspects_run += jobs
+
+    def switched(self, folded: bool, times: FoldTimes) -> None:
+        """What is folded has changed; `folded` is whether an adapter is now."""
+        before = self.folded_seconds
+        self._folded_since = self._clock() if folded else None
+        self._folded_before = before
+        self.folds += folded
+        self.fold_pause_seconds += times.pause
+
     # -- read -----------------------------------------------------------------------------
 
     @property
-    def busy_seconds(self) -> float:
-        """Time with jobs in the engine, up to now."""
-        return self._busy_seconds + (self._clock() - self._seen_at if self._busy else 0.0)
+    def seconds(self) -> Seconds:
+        """Time in each state, up to now."""
+        return self._seen.seconds_at(self._clock())
 
     @property
-    def starved_seconds(self) -> float:
-        """Time with work waiting and room to compute it, up to now."""
-        return self._starved_seconds + (self._clock() - self._seen_at if self._starving else 0.0)
+    def folded_seconds(self) -> float:
+        """Time with an adapter folded, up to now."""
+        since = self._folded_since
+        return self._folded_before + (0.0 if since is None else self._clock() - since)
 
     @property
     def waiting_in_window(self) -> int:
@@ -153,9 +240,12 @@ class DrainMetrics:
     def snapshot(self) -> dict[str, float]:
         """Totals by name, for tests and benchmarks. Seconds, jobs, tokens."""
         adapters = [*self._by_adapter.copy().values(), self._others]
+        seconds = self.seconds
         return {
-            "busy_seconds": self.busy_seconds,
-            "starved_seconds": self.starved_seconds,
+            "busy_seconds": seconds.busy,
+            "starved_seconds": seconds.starved,
+            "slot_bound_seconds": seconds.slot_bound,
+            "load_stalled_seconds": seconds.load_stalled,
             "running": self.running,
             "waiting_in_window": self.waiting_in_window,
             "slots_in_use": self.slots_in_use(),
@@ -167,11 +257,17 @@ class DrainMetrics:
             "prompt_tokens": sum(a.prompt_tokens for a in adapters),
             "completion_tokens": sum(a.completion_tokens for a in adapters),
             **_count_and_seconds("load", self.loads),
+            "evictions": self.evictions,
+            "cache_evictions": self.cache_evictions,
             **_count_and_seconds("claim", self.claims),
             **_count_and_seconds("record", self.records),
             "claimed_jobs": self.claimed_jobs,
             "recorded_results": self.recorded_results,
             "dropped_results": self.dropped_results,
+            "folds": self.folds,
+            "folded_seconds": self.folded_seconds,
+            "folded_tokens": self.folded_tokens,
+            "fold_pause_seconds": self.fold_pause_seconds,
         }
 
     def _of(self, adapter_version_id: int) -> AdapterCounts:

@@ -36,9 +36,10 @@ class DrainCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Every metric as it is now."""
         metrics = self._metrics
+        rescued_workers, rescued_jobs = metrics.rescues()
         yield from self._engine()
         yield from self._adapters()
-        for histogram in (metrics.loads, metrics.claims, metrics.records):
+        for histogram in (metrics.loads, metrics.fetches, metrics.claims, metrics.records):
             yield from histogram.collect()
         for name, text, value in (
             ("lorry_engine_jobs", "Jobs in the engine.", metrics.running),
@@ -48,19 +49,50 @@ class DrainCollector(Collector):
                 metrics.waiting_in_window,
             ),
             ("lorry_slots_in_use", "Adapters with unfinished jobs.", metrics.slots_in_use()),
+            ("lorry_resident_adapters", "Adapters in the slots.", metrics.resident()),
+            ("lorry_pinned_slots", "Adapters that stay in their slots.", metrics.pinned),
             ("lorry_unrecorded_results", "Results not in Postgres yet.", metrics.unrecorded()),
         ):
             yield GaugeMetricFamily(name, text, value)
+        seconds = metrics.seconds
         for name, text, total in (
-            ("lorry_busy_seconds", "Time with jobs in the engine.", metrics.busy_seconds),
+            ("lorry_busy_seconds", "Time with jobs in the engine.", seconds.busy),
             (
                 "lorry_starved_seconds",
-                "Time with work waiting and fewer than max_num_seqs jobs in the engine.",
-                metrics.starved_seconds,
+                "Time with fewer than max_num_seqs jobs in the engine and work to feed it.",
+                seconds.starved,
+            ),
+            (
+                "lorry_slot_bound_seconds",
+                "Time with fewer than max_num_seqs jobs in the engine, every waiting one without "
+                "a slot.",
+                seconds.slot_bound,
+            ),
+            (
+                "lorry_load_stalled_seconds",
+                "Time with fewer than max_num_seqs jobs in the engine while an adapter loads.",
+                seconds.load_stalled,
+            ),
+            ("lorry_adapter_evictions", "Adapters that made room in a slot.", metrics.evictions),
+            (
+                "lorry_adapter_cache_evictions",
+                "Local copies of adapters that made room on the disk.",
+                metrics.cache_evictions,
+            ),
+            ("lorry_folds", "Adapters folded into the base's weights.", metrics.folds),
+            ("lorry_folded_seconds", "Time with an adapter folded.", metrics.folded_seconds),
+            ("lorry_folded_tokens", "Tokens of answers made meanwhile.", metrics.folded_tokens),
+            (
+                "lorry_fold_pause_seconds",
+                "Time in which the engine stood still to fold and to restore.",
+                metrics.fold_pause_seconds,
             ),
             ("lorry_claimed_jobs", "Jobs claimed.", metrics.claimed_jobs),
             ("lorry_recorded_results", "Results in Postgres.", metrics.recorded_results),
             ("lorry_dropped_results", "Results that came too late.", metrics.dropped_results),
+            ("lorry_suspects_run", "Suspects run apart.", metrics.suspects_run),
+            ("lorry_rescued_workers", "Workers that this one declared lost.", rescued_workers),
+            ("lorry_rescued_jobs", "Jobs that it freed of theirs.", rescued_jobs),
         ):
             yield CounterMetricFamily(name, text, total)
 

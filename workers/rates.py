@@ -8,13 +8,13 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
 from core.errors import Unavailable
 from db.database import Database
-from db.rates import Rate, forget_dead, publish
+from db.rates import Rate, forget_dead, publish, publish_resident
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +85,15 @@ async def publish_rates(
     base_model_id: int,
     rates: LiveRates,
     every_seconds: float = PUBLISH_SECONDS,
+    resident: Callable[[], Collection[int]] = tuple,
 ) -> None:
-    """Publish for ever. Nothing is written while nothing finishes; no failure stops the worker."""
+    """Publish for ever. Nothing is written while nothing changes; no failure stops the worker.
+
+    Args:
+        resident: the adapter versions in the engine's slots, published too.
+    """
     tidied, published = False, False
+    told: Collection[int] = ()
     while True:
         await asyncio.sleep(every_seconds)
         current = rates.rates()
@@ -98,6 +104,9 @@ async def publish_rates(
             if current or published:
                 await publish(database, worker_id, base_model_id, current)
                 published = bool(current)
+            if (now := resident()) != told:
+                await publish_resident(database, worker_id, now)
+                told = now
         except Unavailable as error:
             log.debug("Rates wait: %s", error, extra={"action": "rates_wait"})
         except Exception:  # rates are good to have; the drain must go on without them

@@ -6,48 +6,46 @@ Jobs are claimed in chunks sized to the free window and flow into the engine as 
 import asyncio
 import functools
 import logging
-import math
 import time
-from collections.abc import Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Final
 from uuid import UUID
 
-import orjson
-
-from core.errors import AdapterInvalid, ErrorCode, Unavailable
-from core.generation import Aborted, Completion, Failure, GenerationRequest, Outcome, Provenance
+from core.errors import AdapterInvalid, ErrorCode, StoreUnavailable, Unavailable
+from core.generation import Aborted, Completion, Failure, Outcome
 from core.settings import Settings
 from db import claims
 from db.claims import ClaimedJob
 from db.database import Database
 from db.doorbell import Doorbell
+from workers.drain.admission import Admission
+from workers.drain.folding import Folding
 from workers.drain.recorder import Finished, Recorder
+from workers.drain.requests import engine_request, made_by, request_id
 from workers.drain.slots import Slots
+from workers.drain.suspects import Door, Suspects
 from workers.drain.turns import Turn, Turns
-from workers.engine.protocol import (
-    AdapterLoadError,
-    Engine,
-    EngineInfo,
-    EngineRequest,
-    LocalAdapter,
-)
-from workers.metrics import DrainMetrics
+from workers.drain.window import Window
+from workers.engine.protocol import AdapterLoadError, Engine, EngineRequest, LocalAdapter
+from workers.metrics import DrainMetrics, Waiting
 
 log = logging.getLogger(__name__)
 
 #: The most jobs that one claim takes.
 LARGEST_CHUNK: Final = 512
-#: A claim is worth its round trips from this share of the window on, unless the engine is short.
-SMALLEST_CHUNK_SHARE: Final = 1 / 16
 #: Pause after Postgres could not be reached.
 OUTAGE_PAUSE_SECONDS: Final = 0.5
 
 
-class Running(NamedTuple):
-    """A job in the engine."""
+@dataclass(slots=True)
+class Running:
+    """A job in the engine; `folded` once its adapter was folded while it was there."""
 
     job: ClaimedJob
     adapter: LocalAdapter | None
+    folded: bool = False
 
 
 class Feeder:
@@ -65,6 +63,9 @@ class Feeder:
         settings: Settings,
         worker_id: int,
         metrics: DrainMetrics,
+        suspects: Suspects,
+        loading: Callable[[], AbstractContextManager[None]] = nullcontext,
+        fold: bool = True,
     ) -> None:
         self._database = database
         self._engine = engine
@@ -75,20 +76,36 @@ class Feeder:
         self._settings = settings
         self._worker_id = worker_id
         self._metrics = metrics
-        limits = engine.info.limits
-        self.enough = limits.max_num_seqs
-        self.window = math.ceil(limits.max_num_seqs * settings.feed_factor)
-        self.token_window = math.ceil(limits.cache_tokens * settings.feed_factor)
+        self._suspects = suspects
+        self._door = Door(self._submit, self._fail, lambda: self._stopping, self._emptied)
+        self.window = Window(
+            engine.info.limits, settings.feed_factor, backlog_allowed=4 * settings.flush_results
+        )
+        self._made_by = functools.lru_cache(maxsize=256)(functools.partial(made_by, engine.info))
         self._running: dict[str, Running] = {}
-        self._running_tokens = 0
+        self.folding = Folding(
+            engine,
+            slots,
+            turns,
+            self.window,
+            metrics,
+            allowed=fold,
+            quantum_seconds=settings.quantum_seconds,
+            blocked=self._may_not_fold,
+            folds=self._note_folded,
+            look=self.wake,
+            loading=loading,
+        )
         self._cut_off: list[ClaimedJob] = []
         self._cancelled: set[str] = set()
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
         self._stopping = False
-        #: whether the last look saw work for this worker
-        self._work_waiting = False
+        #: probes of adapters, which take turns too; None where nobody probes
+        self.admission: Admission | None = None
+        #: what the last look saw for this worker
+        self._waiting = Waiting.NOTHING
 
     # -- what others ask ------------------------------------------------------------------
 
@@ -99,20 +116,18 @@ class Feeder:
 
     @property
     def free(self) -> int:
-        """How many jobs may be claimed now: room by count, nothing once the tokens suffice.
-
-        Unrecorded results count too: Postgres sets the pace when it is slow.
-        """
-        if self.token_window and self._running_tokens >= self.token_window:
-            return 0
-        backlog = max(0, self._recorder.unrecorded - 4 * self._settings.flush_results)
-        return self.window - len(self._running) - backlog
+        """How many jobs may be claimed now; none while suspects have the engine."""
+        return 0 if self._suspects.apart else self.window.room(self._recorder.unrecorded)
 
     async def ring(self) -> None:
         """A doorbell: look for work. Returns when there is room for more, so that a doorbell that
         comes while the window is full goes to another worker."""
         self._wake.set()
         await self._room.wait()
+
+    def wake(self) -> None:
+        """Look for work at once."""
+        self._wake.set()
 
     def stop(self) -> None:
         """Claim no more; what is in the engine goes on."""
@@ -122,17 +137,24 @@ class Feeder:
 
     def unfinished(self) -> list[ClaimedJob]:
         """Jobs that this worker still owes: in the engine, or cut off by its end."""
-        return [running.job for running in self._running.values()] + self._cut_off
+        in_engine = [running.job for running in self._running.values()]
+        return in_engine + self._cut_off + self._suspects.entering()
+
+    def in_engine(self) -> set[tuple[UUID, int]]:
+        """The attempts (job id, attempt) that are in the engine."""
+        return {(running.job.id, running.job.attempt) for running in self._running.values()}
 
     def knows(self, job_id: UUID, attempt: int) -> bool:
         """Whether an attempt is in the engine, or waits to be recorded."""
         in_engine = request_id(job_id, attempt) in self._running
-        return in_engine or self._recorder.holds(job_id, attempt)
+        held = self._suspects.holds(job_id, attempt)
+        return in_engine or held or self._recorder.holds(job_id, attempt)
 
     async def abort(self, jobs: Sequence[tuple[UUID, int]]) -> None:
         """Stop attempts that were cancelled or expired: nothing is recorded for them."""
         ids = [i for i in (request_id(*job) for job in jobs) if i in self._running]
         self._cancelled.update(ids)
+        self._suspects.drop(set(jobs))
         await self._engine.abort(ids)
 
     async def cut_off(self) -> None:
@@ -143,18 +165,25 @@ class Feeder:
 
     async def run(self) -> None:
         """Feed until stopped; then return. Raises EngineDead."""
+        await self._slots.load_first()
         while not self._stopping:
             self._wake.clear()
             try:
                 await self._top_up()
+                while not self._stopping and self._suspects.time_to_look(self._idle):
+                    if not await self._suspects.run_one(self._door, self._idle, self.window.size):
+                        break
             except Unavailable as error:
                 log.warning("No claims: %s", error, extra={"action": "claim_waits"})
                 await asyncio.sleep(OUTAGE_PAUSE_SECONDS)
             self._note_room()
+            pause = min(self._settings.poll_seconds, self._turns.idle_seconds())
             try:
-                await asyncio.wait_for(self._wake.wait(), self._settings.poll_seconds)
+                async with asyncio.timeout(pause):
+                    await self._wake.wait()
             except TimeoutError:
                 pass
+        self._slots.close()
         try:
             if self._turns.current is not None:
                 await self._turns.end(self._turns.current)
@@ -162,28 +191,51 @@ class Feeder:
             return  # the line stays on the waiting list, which is where it belongs
 
     async def _top_up(self) -> None:
-        while not self._stopping and self.free >= self._least_chunk():
-            turn = await self._turns.current_or_next()
-            self._work_waiting = turn is not None or self._turns.blocked
+        while not self._stopping and self.free >= self.window.least_chunk:
+            turn = await self._turns.current_or_next(busy=bool(self._running))
+            self._waiting = self._turns.waiting
             self._note_room()
+            while self._turns.left_partitions:  # left to another worker, who may not have heard
+                self._ring(self._turns.left_partitions.pop())
             if turn is None:
                 return
+            if self.admission is not None and self.admission.wants(turn.line):
+                self._turns.current = None
+                await self.admission.load()
+                continue
+            if self.window.room_beside(turn.line.adapter_version_id) < 1:
+                await self._turns.end_if_over(turn)
+                if self._turns.current is turn:
+                    return
+                continue
             await self._feed(turn)
             await self._turns.end_if_over(turn)
+            if self._suspects.time_to_look(idle=False):
+                return
         if (turn := self._turns.current) is not None:
             # work is left behind and this window is full: let another worker hear of it
-            self._doorbell.ring(self._engine.info.base_model, turn.waiting.partition)
+            self._ring(turn.waiting.partition)
 
-    def _least_chunk(self) -> int:
-        """Small claims cost round trips: wait for some room, unless the engine is running short."""
-        if len(self._running) < self.enough:
-            return 1
-        return max(1, math.floor(self.window * SMALLEST_CHUNK_SHARE))
+    @property
+    def _idle(self) -> bool:
+        return not self._running and self._waiting is Waiting.NOTHING
+
+    def _emptied(self) -> bool:
+        probing = self.admission is not None and self.admission.probing
+        return not self._running and not self._recorder.unrecorded and not probing
+
+    def _ring(self, partition: int) -> None:
+        self._doorbell.ring(self._engine.info.base_model, partition)
 
     async def _feed(self, turn: Turn) -> None:
-        limit = min(self.free, LARGEST_CHUNK)
+        room = self.window.room_beside(turn.line.adapter_version_id)
+        limit = int(min(self.free, LARGEST_CHUNK, room, turn.jobs_allowed - turn.fed))
         try:
             adapter = await self._slots.load(turn.line.adapter_version_id)
+        except StoreUnavailable as error:
+            self._turns.put_off(turn)
+            log.warning("Adapter waits: %s", error, extra={"action": "store_waits"})
+            return
         except (AdapterInvalid, AdapterLoadError) as error:
             jobs = await self._claim(turn, limit)
             self._fail(jobs, error)
@@ -201,18 +253,33 @@ class Feeder:
         return jobs
 
     def _submit(self, jobs: Sequence[ClaimedJob], adapter: LocalAdapter | None) -> None:
+        if not jobs:
+            return
         requests = []
+        first = jobs[0]  # all are of one line
+        folded = self.folding.folded == first.adapter_version_id
         for job in jobs:
             request = engine_request(job, adapter)
-            self._running[request.request_id] = Running(job, adapter)
-            self._running_tokens += job.tokens
-            self._slots.enter(job.adapter_version_id, 1)
-            self._turns.served(job.tenant_id, job.tokens)
+            self._running[request.request_id] = Running(job, adapter, folded)
             requests.append(request)
-        if requests:
-            self._metrics.fed(jobs[0].adapter_version_id, len(jobs))
-            self._engine.submit(requests, self._done)
-            self._note_room()
+        tokens = sum(job.tokens for job in jobs)
+        self.window.enter(first.adapter_version_id, len(jobs), tokens)
+        self._slots.enter(first.adapter_version_id, len(jobs))
+        self._turns.served(first.tenant_id, tokens)
+        self._metrics.fed(first.adapter_version_id, len(jobs))
+        self._engine.submit(requests, self._done)
+        self.folding.wake()
+        self._note_room()
+
+    def _may_not_fold(self) -> bool:
+        """Whether the engine belongs to suspects or to a probe, or is to be emptied."""
+        probed = self.admission is not None and bool(self.admission.lines())
+        unknown = self._engine.running > len(self._running)
+        return self._stopping or self._suspects.apart or probed or unknown
+
+    def _note_folded(self, version: int) -> None:
+        for running in self._running.values():
+            running.folded |= running.job.adapter_version_id == version
 
     def _fail(self, jobs: Sequence[ClaimedJob], error: Exception) -> None:
         """An adapter that cannot be loaded fails its own jobs, and nothing else."""
@@ -222,7 +289,7 @@ class Feeder:
         for job in jobs:
             failure = Failure(code, str(error))
             self._count(job, failure)
-            self._recorder.add(Finished(job, failure, self._provenance(job, None)))
+            self._recorder.add(Finished(job, failure, self._made_by(None, None)))
 
     # -- results --------------------------------------------------------------------------
 
@@ -230,19 +297,24 @@ class Feeder:
         running = self._running.pop(request.request_id, None)
         if running is None:
             return
-        self._running_tokens -= running.job.tokens
-        self._slots.leave(running.job.adapter_version_id)
-        self._count(running.job, outcome)
+        job, adapter = running.job, running.adapter
+        self.window.leave(job.adapter_version_id, job.tokens)
+        slot_freed = self._slots.leave(job.adapter_version_id)
+        self._count(job, outcome)
         if not isinstance(outcome, Aborted):
-            provenance = self._provenance(running.job, running.adapter, request)
-            self._recorder.add(Finished(running.job, outcome, provenance))
+            seed = request.generation.body.get("seed")
+            provenance = self._made_by(adapter.sha256 if adapter else None, seed)
+            self._recorder.add(Finished(job, outcome, provenance, running.folded))
         elif request.request_id not in self._cancelled:
-            self._cut_off.append(running.job)
-        self._cancelled.discard(request.request_id)
+            self._cut_off.append(job)
+        if self._cancelled:
+            self._cancelled.discard(request.request_id)
         if not self._running:
             self._recorder.hurry()
-        self._note_room()
-        if self.free >= self._least_chunk():
+            self.folding.wake()
+        room = self._note_room()
+        # while every waiting line lacks a slot, only a slot makes a look worth it
+        if room >= self.window.least_chunk and (slot_freed or self._waiting is not Waiting.SLOT):
             self._wake.set()
 
     def _count(self, job: ClaimedJob, outcome: Outcome) -> None:
@@ -255,47 +327,15 @@ class Feeder:
             case Aborted():
                 self._metrics.finished(version, "aborted")
 
-    def _note_room(self) -> None:
-        cache_full = bool(self.token_window) and self._running_tokens >= self.token_window
-        starvable = self._work_waiting and not cache_full and not self._stopping
-        self._metrics.observe_running(len(self._running), starvable)
-        if self.free > 0 or self._stopping:
+    def _note_room(self) -> int:
+        """Tell the metrics and the held doorbell how full the window is; returns the room."""
+        nothing = self._stopping or self.window.cache_full
+        self._metrics.observe_running(
+            len(self._running), Waiting.NOTHING if nothing else self._waiting
+        )
+        room = self.free
+        if room > 0 or self._stopping:
             self._room.set()
         else:
             self._room.clear()
-
-    def _provenance(
-        self, job: ClaimedJob, adapter: LocalAdapter | None, request: EngineRequest | None = None
-    ) -> Provenance:
-        seed = request.generation.body.get("seed") if request else None
-        return made_by(self._engine.info, adapter.sha256 if adapter else None, seed)
-
-
-@functools.lru_cache(maxsize=256)
-def made_by(info: EngineInfo, adapter_sha256: str | None, seed: int | None) -> Provenance:
-    """What an answer was made by; nearly always the same as the last one's."""
-    return Provenance(
-        engine=info.name,
-        engine_version=info.version,
-        base_model=info.base_model,
-        base_revision=info.base_revision,
-        adapter_sha256=adapter_sha256,
-        seed=seed,
-    )
-
-
-def request_id(job_id: UUID, attempt: int) -> str:
-    """The engine's name for one attempt of a job."""
-    return f"{job_id.hex}-{attempt}"
-
-
-def engine_request(job: ClaimedJob, adapter: LocalAdapter | None) -> EngineRequest:
-    """A claimed job as the engine takes it. The tenant salts the prefix cache."""
-    return EngineRequest(
-        request_id=request_id(job.id, job.attempt),
-        generation=GenerationRequest(
-            "chat" if job.endpoint == "chat" else "completion", orjson.loads(job.body)
-        ),
-        adapter=adapter,
-        cache_salt=str(job.tenant_id),
-    )
+        return room

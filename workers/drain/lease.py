@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from core.errors import Unavailable
 from core.settings import Settings
@@ -41,29 +42,48 @@ class Lease:
         self._settings = settings
         self._progress = progress
         self._busy = busy
+        self._loads = 0
         self._last_progress = progress()
         self._alive_at = time.monotonic()
 
-    def loading(self) -> None:
-        """An adapter load begins: the engine may be silent for a while."""
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """An adapter is being loaded: the engine may be silent for a while, but not for ever."""
         self._alive_at = time.monotonic()
+        self._loads += 1
+        try:
+            yield
+        finally:
+            self._loads -= 1
 
     async def run(self) -> None:
         """Beat for ever.
 
         Raises:
             LeaseLost: the row says that this worker was declared lost.
-            EngineStalled: no progress with work in the engine for `stall_seconds`.
+        """
+        pause = self._settings.lease_seconds / BEATS_PER_LEASE
+        while True:
+            try:
+                # a beat that hangs is worth less than the next one
+                async with asyncio.timeout(pause):
+                    await self.renew()
+            except (Unavailable, TimeoutError) as error:
+                log.warning("Heartbeat missed: %s", error, extra={"action": "heartbeat_missed"})
+                await asyncio.sleep(min(1.0, pause))
+                continue
+            await asyncio.sleep(pause)
+
+    async def watch_progress(self) -> None:
+        """Watch the engine for ever; by a clock of its own, so that no hanging Postgres delays it.
+
+        Raises:
+            EngineStalled: no progress for `stall_seconds`, with jobs in the engine or an adapter
+                being loaded.
         """
         while True:
             self._check_progress()
-            try:
-                await self.renew()
-            except Unavailable as error:
-                log.warning("Heartbeat missed: %s", error, extra={"action": "heartbeat_missed"})
-                await asyncio.sleep(1)
-                continue
-            await asyncio.sleep(self._settings.lease_seconds / BEATS_PER_LEASE)
+            await asyncio.sleep(min(1.0, self._settings.stall_seconds / 10))
 
     async def renew(self) -> None:
         """Renew once. Raises LeaseLost, or Unavailable."""
@@ -79,10 +99,11 @@ class Lease:
 
     def _check_progress(self) -> None:
         now, progress = time.monotonic(), self._progress()
-        if progress != self._last_progress or not self._busy():
+        idle = not self._busy() and not self._loads
+        if progress != self._last_progress or idle:
             self._last_progress, self._alive_at = progress, now
         elif now - self._alive_at > self._settings.stall_seconds:
             raise EngineStalled(
                 f"the engine made no token for {self._settings.stall_seconds:.0f} s "
-                "with jobs in it (LORRY_STALL_SECONDS)"
+                "with jobs in it or an adapter on its way (LORRY_STALL_SECONDS)"
             )

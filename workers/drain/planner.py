@@ -7,18 +7,26 @@ one quantum; so a line waits at most ceil(adapters ahead / slots) quanta, and th
 most as long as the longest running job.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from db.claims import WaitingLine
+from db.claims import COUNT_CAP, PRESSING_SECONDS, WaitingLine
 from db.models import BASE_VERSION_ID
+from db.waiting import Line
 
-#: A deadline nearer than this is pressing.
-PRESSING_SECONDS: Final = 60.0
 #: A turn may go on to empty its line if what is left is at most this many times what it has fed:
 #: the adapter's slot is free that much sooner.
 FINISHING_FACTOR: Final = 2
+#: Turns in a quantum, at least. One that has nobody beside it goes on after another look.
+TURNS_IN_QUANTUM: Final = 8
+#: A load pauses the engine. So a line that needs none goes before another tenant's, unless that
+#: tenant was served less by more than so many tokens (about a second of a GPU's work).
+RESIDENT_TOKENS: Final = 4000
+#: A line of fewer jobs is cold: not worth a load here while another worker holds its adapter.
+COLD_JOBS: Final = 32
+#: How long a cold line is left to the worker that holds its adapter.
+LEAVE_SECONDS: Final = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +38,35 @@ class SlotView:
             held its slot.
         resident: those loaded, in use or not.
         slots: `max_loras`.
+        pinned: those that keep their slots, in use or not.
     """
 
     held_seconds: Mapping[int, float]
     resident: frozenset[int]
     slots: int
+    pinned: frozenset[int] = frozenset()
 
     def has_slot(self, adapter_version_id: int) -> bool:
         """Whether an adapter needs no slot, or holds one."""
-        return adapter_version_id == BASE_VERSION_ID or adapter_version_id in self.held_seconds
+        return (
+            adapter_version_id == BASE_VERSION_ID
+            or adapter_version_id in self.held_seconds
+            or adapter_version_id in self.pinned
+        )
+
+    def is_ready(self, adapter_version_id: int) -> bool:
+        """Whether an adapter's jobs can be fed without a load."""
+        return adapter_version_id == BASE_VERSION_ID or adapter_version_id in self.resident
+
+    @property
+    def shared(self) -> int:
+        """Slots that the adapters take in turn."""
+        return max(0, self.slots - len(self.pinned))
 
     @property
     def free(self) -> int:
-        """Slots without unfinished jobs."""
-        return max(0, self.slots - len(self.held_seconds))
+        """Slots that another adapter may have now."""
+        return max(0, self.slots - len(self.held_seconds.keys() | self.pinned))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +84,7 @@ def order(
 ) -> list[WaitingLine]:
     """The lines that may be drained now, best first.
 
-    Deadline-pressed ones first; then those that have waited past their bound, oldest first; then
-    the tenant that was served least; then the line that has waited longest for its turn. An
-    adapter without a slot may only be drained while one is free, and an adapter that is closing
+    An adapter without a slot may only be drained while one is free, and an adapter that is closing
     (see `closing`) is not fed at all.
 
     Args:
@@ -80,18 +101,75 @@ def order(
         if (slots.has_slot(w.line.adapter_version_id) or slots.free)
         and w.line.adapter_version_id not in closed
     ]
-    overdue_after = quantum_seconds * -(-len(due) // max(1, slots.slots))
+    return sorted(runnable, key=_precedence(due, slots, shares, quantum_seconds))
+
+
+def upcoming(
+    lines: Sequence[WaitingLine], slots: SlotView, shares: Shares, quantum_seconds: float
+) -> list[int]:
+    """The adapter versions that will probably be loaded next, soonest first: twice as many as
+    there are free slots."""
+    due = [w for w in lines if w.jobs > 0]
+    due.sort(key=_precedence(due, slots, shares, quantum_seconds))
+    loads = dict.fromkeys(w.line.adapter_version_id for w in due)
+    return [i for i in loads if not slots.is_ready(i)][: 2 * max(1, slots.free)]
+
+
+def _precedence(
+    due: Sequence[WaitingLine], slots: SlotView, shares: Shares, quantum_seconds: float
+) -> Callable[[WaitingLine], tuple[float, ...]]:
+    """What lines are sorted by, least first.
+
+    Deadline-pressed ones first; then those that have waited past their bound, oldest first; then
+    the tenant that was served least, where a line that needs no load has a start, for a quantum
+    at most; then the line that has waited longest for its turn.
+    """
+    overdue_after = quantum_seconds * -(-len(due) // max(1, slots.shared))
 
     def key(w: WaitingLine) -> tuple[float, ...]:
-        pressed = w.deadline_seconds is not None and w.deadline_seconds < PRESSING_SECONDS
+        ready = slots.is_ready(w.line.adapter_version_id) or w.since_seconds > quantum_seconds
+        start = RESIDENT_TOKENS if ready else 0
         return (
-            w.deadline_seconds if pressed and w.deadline_seconds is not None else 1e18,
+            w.deadline_seconds if _pressed(w) and w.deadline_seconds is not None else 1e18,
             -w.since_seconds if w.since_seconds > overdue_after else 0.0,
-            shares.of(w.line.tenant_id),
+            shares.of(w.line.tenant_id) - start,
             -w.since_seconds,
         )
 
-    return sorted(runnable, key=key)
+    return key
+
+
+def _pressed(w: WaitingLine) -> bool:
+    return w.deadline_seconds is not None and w.deadline_seconds < PRESSING_SECONDS
+
+
+def left_to_others(
+    lines: Sequence[WaitingLine], slots: SlotView, elsewhere: Collection[int], *, busy: bool
+) -> dict[Line, float]:
+    """Cold lines that a busy worker leaves alone while another one holds their adapters.
+
+    A hot line spreads over the workers at once. A cold one would cost a load, here and perhaps
+    again there; so it is left to its holder, but for a moment only: the holder may be full, or
+    gone. An idle worker leaves nothing, since its loads keep nobody waiting.
+
+    Args:
+        elsewhere: adapter versions resident in other live workers.
+        busy: whether this worker has jobs in its engine.
+
+    Returns:
+        Each line with the seconds for which it is still left alone.
+    """
+    if not busy:
+        return {}
+    return {
+        w.line: LEAVE_SECONDS - w.since_seconds
+        for w in lines
+        if w.line.adapter_version_id in elsewhere
+        and not slots.is_ready(w.line.adapter_version_id)
+        and w.jobs < COLD_JOBS
+        and w.since_seconds < LEAVE_SECONDS
+        and not _pressed(w)
+    }
 
 
 def closing(
@@ -101,24 +179,29 @@ def closing(
 
     Those that have held a slot for a quantum or longer, longest first; as many as there are
     adapters blocked, but never more than half of the slots (rounded up): what stays open keeps
-    the engine full meanwhile.
+    the engine full meanwhile. A pinned adapter never closes: its slot would not come free.
     """
     if slots.free:
         return frozenset()
     blocked = {
         w.line.adapter_version_id for w in lines if not slots.has_slot(w.line.adapter_version_id)
     }
-    old = [i for i, seconds in slots.held_seconds.items() if seconds >= quantum_seconds]
-    old.sort(key=lambda i: -slots.held_seconds[i])
-    return frozenset(old[: min(len(blocked), -(-slots.slots // 2))])
+    held = slots.held_seconds
+    old = [i for i in held if held[i] >= quantum_seconds and i not in slots.pinned]
+    old.sort(key=lambda i: -held[i])
+    return frozenset(old[: min(len(blocked), -(-slots.shared // 2))])
 
 
-def turn_seconds(lines: Sequence[WaitingLine], slots: SlotView, quantum_seconds: float) -> float:
-    """How long a turn may last while these lines wait: as many turns as slots fit in a quantum."""
-    together = min(max(1, slots.slots), sum(1 for w in lines if w.jobs > 0))
-    return quantum_seconds / max(1, together)
+def turn_seconds(slots: SlotView, quantum_seconds: float) -> float:
+    """How long a turn may last before others are looked for: as many turns as slots fit in a
+    quantum, and a few where there is hardly a slot, for those that need none."""
+    return quantum_seconds / max(TURNS_IN_QUANTUM, slots.slots)
 
 
 def may_finish(fed: int, left: int) -> bool:
-    """Whether a turn whose time is over may go on, because its line is nearly empty."""
-    return left <= FINISHING_FACTOR * fed
+    """Whether a turn whose time is over may go on, because its line is nearly empty.
+
+    Args:
+        left: jobs that still wait; a look that counted up to its cap says nothing of the kind.
+    """
+    return left < COUNT_CAP and left <= FINISHING_FACTOR * fed

@@ -1,7 +1,8 @@
-"""Reconciling: jobs that Postgres counts as this worker's and that the worker does not have.
+"""Reconciling what Postgres counts as this worker's with what the worker has.
 
-A claim whose answer was lost with its connection may have been committed all the same. Its jobs
-would stay running for as long as this worker renews its lease; so they are given back.
+An answer may be lost with its connection though the statement was committed. Of a claim: its jobs
+would stay running for as long as this worker renews its lease, so they are given back. Of the news
+that jobs were cancelled or expired: they would run to their end for nothing, so they are aborted.
 """
 
 import asyncio
@@ -12,25 +13,35 @@ from uuid import UUID
 from core.errors import Unavailable
 from db import claims
 from db.database import Database
+from workers.drain.aborts import Abort
 
 log = logging.getLogger(__name__)
 
 
-async def release_unknown(
-    database: Database, worker_id: int, knows: Callable[[UUID, int], bool], every_seconds: float
+async def reconcile(
+    database: Database,
+    worker_id: int,
+    *,
+    knows: Callable[[UUID, int], bool],
+    in_engine: Callable[[], set[tuple[UUID, int]]],
+    abort: Abort,
+    every_seconds: float,
 ) -> None:
-    """Give back, for ever, what this worker owns and does not know.
+    """Give back what this worker owns and does not know, abort what it has and does not own.
 
-    A job is given back at the second look that finds it unknown: at the first, the answer of its
-    claim may be on its way.
+    For ever. A job is given back at the second look that finds it unknown: at the first, the
+    answer of its claim may be on its way.
 
     Args:
         knows: whether an attempt (job id, attempt) is in the engine or waits to be recorded.
+        in_engine: the attempts in the engine.
+        abort: stops attempts.
         every_seconds: pause between looks.
     """
     unknown: set[tuple[UUID, int]] = set()
     while True:
         await asyncio.sleep(every_seconds)
+        before = in_engine()
         try:
             owned = await claims.owned(database, worker_id)
             seen = {job for job in owned if not knows(*job)}
@@ -44,3 +55,11 @@ async def release_unknown(
                 )
         except Unavailable:
             continue
+        # what came out meanwhile was recorded; what is still in was not this worker's any more
+        if ended := (before & in_engine()).difference(owned):
+            log.warning(
+                "Aborting %d jobs that are not this worker's any more",
+                len(ended),
+                extra={"action": "reconcile_abort", "jobs": len(ended)},
+            )
+            await abort(sorted(ended))

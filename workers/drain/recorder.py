@@ -18,6 +18,7 @@ import orjson
 from core.answers import build_response
 from core.errors import ErrorCode, Unavailable
 from core.generation import Completion, Failure, Provenance
+from core.json_values import replace_unstorable
 from core.retry import GiveUp, Retry, after_failure
 from core.settings import Settings
 from db import results
@@ -34,8 +35,12 @@ T = TypeVar("T")
 FLUSHES: Final = 2
 FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 2.0
-#: Deadlocks and serialisation failures: nothing was written, so the same flush may be sent again.
-TRANSIENT = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+#: What Postgres says of a row that it will never store. Everything else may pass: it is waited for.
+REFUSED = (
+    asyncpg.DataError,
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.ProgramLimitExceededError,
+)
 
 
 class Finished(NamedTuple):
@@ -44,6 +49,7 @@ class Finished(NamedTuple):
     job: ClaimedJob
     outcome: Completion | Failure
     provenance: Provenance
+    folded: bool = False
 
 
 class Recorder:
@@ -85,11 +91,6 @@ class Recorder:
         self._arrived.set()
         if len(self._pending) >= self._settings.flush_results:
             self._full.set()
-
-    def add_failure(self, job: ClaimedJob, code: ErrorCode, message: str) -> None:
-        """Take an attempt that failed for a reason outside the engine's answers."""
-        nobody = Provenance(engine="", engine_version="", base_model="", base_revision="")
-        self.add(Finished(job, Failure(code, message), nobody))
 
     def hurry(self) -> None:
         """Flush without waiting for more: nothing else is under way."""
@@ -134,7 +135,8 @@ class Recorder:
         """Wait a moment for more results to share the flush, unless there are enough."""
         if len(self._pending) < self._settings.flush_results:
             try:
-                await asyncio.wait_for(self._full.wait(), self._settings.flush_seconds)
+                async with asyncio.timeout(self._settings.flush_seconds):
+                    await self._full.wait()
             except TimeoutError:
                 pass
         self._full.clear()
@@ -158,15 +160,23 @@ class Recorder:
     def _next_step(self, finished: Finished) -> Result | RetryLater:
         job, outcome = finished.job, finished.outcome
         if isinstance(outcome, Failure):
+            # an engine's message may quote what Postgres refuses; its code must not be lost for it
+            outcome = Failure(outcome.code, replace_unstorable(outcome.message))
             decision = after_failure(
                 outcome.code, job.failures + 1, self._settings.max_attempts, self._jitter
             )
             match decision:
                 case Retry(delay_seconds):
-                    return RetryLater(job.id, job.attempt, delay_seconds)
+                    return RetryLater(
+                        job.id, job.attempt, delay_seconds, f"{outcome.code}: {outcome.message}"
+                    )
                 case GiveUp(code):
                     return Result(
-                        job.id, job.attempt, error_code=code, error_message=outcome.message
+                        job.id,
+                        job.attempt,
+                        error_code=code,
+                        error_message=outcome.message,
+                        folded=finished.folded,
                     )
         response = build_response(
             job.id,
@@ -182,6 +192,8 @@ class Recorder:
             response=orjson.dumps(response).decode(),
             prompt_tokens=outcome.prompt_tokens,
             completion_tokens=outcome.completion_tokens,
+            cached_tokens=outcome.cached_tokens,
+            folded=finished.folded,
         )
 
     async def _write(self, rows: Sequence[Result]) -> None:
@@ -191,7 +203,7 @@ class Recorder:
             written: set[UUID] = await self._persist(
                 lambda: results.record(self._database, self._lease.worker_id, rows)
             )
-        except asyncpg.PostgresError as error:
+        except REFUSED as error:
             if len(rows) == 1:
                 await self._write_unstorable(rows[0], error)
                 return
@@ -204,7 +216,7 @@ class Recorder:
         self._metrics.record(time.monotonic() - started, len(written))
         self._metrics.dropped(len(rows) - len(written))
 
-    async def _write_unstorable(self, row: Result, error: asyncpg.PostgresError) -> None:
+    async def _write_unstorable(self, row: Result, error: Exception) -> None:
         log.error(
             "Job's result cannot be stored: %s",
             error,
@@ -222,12 +234,12 @@ class Recorder:
         while True:
             try:
                 return await write()
-            except TRANSIENT:
-                await asyncio.sleep(self._jitter.uniform(0, pause))
-            except (Unavailable, asyncpg.InsufficientResourcesError) as error:
+            except REFUSED:
+                raise
+            except (Unavailable, asyncpg.PostgresError) as error:
                 log.warning(
                     "Results wait for Postgres: %s", error, extra={"action": "record_waits"}
                 )
-                await asyncio.sleep(pause)
+                await asyncio.sleep(pause * self._jitter.uniform(0.5, 1.0))
                 pause = min(LONGEST_PAUSE_SECONDS, pause * 2)
                 await self._lease.renew_first()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from enum import StrEnum
 
-from workers.engine.protocol import Engine
+from workers.engine.protocol import Engine, FoldCopy
 
 
 class EngineName(StrEnum):
@@ -13,13 +13,22 @@ class EngineName(StrEnum):
     SIMULATED = "simulated"
 
 
-def build_engine(name: EngineName, model: str, flags: Sequence[str]) -> Engine:
+def build_engine(
+    name: EngineName,
+    model: str,
+    flags: Sequence[str],
+    *,
+    fold: bool = False,
+    fold_copy: FoldCopy = "auto",
+) -> Engine:
     """An engine that is not started yet.
 
     Args:
         name: which engine.
         model: a local folder or a model name, as `vllm serve` takes it.
         flags: the engine's own command-line flags.
+        fold: whether it may fold adapters into the base's weights.
+        fold_copy: where the copy of the base's weights is kept that folding needs.
 
     Raises:
         UsageError: a flag or the model is not usable; the message says which and why.
@@ -27,7 +36,7 @@ def build_engine(name: EngineName, model: str, flags: Sequence[str]) -> Engine:
     if name is EngineName.SIMULATED:
         from workers.engine.simulated import SimulatedEngine
 
-        return SimulatedEngine.from_flags(model, flags)
+        return SimulatedEngine.from_flags(model, flags, fold=fold)
     from workers.engine.vllm_engine import VllmEngine
 
-    return VllmEngine.from_flags(model, flags)
+    return VllmEngine.from_flags(model, flags, fold=fold, fold_copy=fold_copy)

@@ -5,6 +5,8 @@ Import it only after `prepare_environment`.
 
 import asyncio
 import contextlib
+import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,26 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from workers.engine.protocol import AdapterLoadError, EngineDead, EngineLimits, LocalAdapter
+from workers.engine.protocol import (
+    AdapterLoadError,
+    EngineDead,
+    EngineLimits,
+    FoldRefused,
+    FoldTimes,
+    LocalAdapter,
+)
+from workers.engine.vllm_base_slot import (
+    extra_slots,
+    keep_last_slot_empty,
+    with_extra_slots,
+)
 from workers.engine.vllm_params import BAD_REQUEST, SamplingRules, message_of
+from workers.engine.vllm_preflight import end_token, preflight
 from workers.engine.vllm_processes import ProcessFamily
 from workers.engine.vllm_render import adapter_chat_template
 from workers.engine.vllm_stats import WorkCount
+
+_log = logging.getLogger(__name__)
 
 DIED = "the engine's core process has died; its own messages say why"
 _GRACE_SECONDS = 2.0
@@ -27,10 +44,17 @@ _GRACE_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class ResidentAdapter:
-    """An adapter in the engine: what vLLM calls it by, and the chat template it came with."""
+    """An adapter in the engine: what vLLM calls it by, and what it came with.
+
+    Args:
+        request: vLLM's `LoRARequest`.
+        chat_template: its own, or None.
+        end_token: the id of a token that ends its answers beside the base's own, or None.
+    """
 
     request: Any
     chat_template: str | None
+    end_token: int | None = None
 
 
 class RequestFailedError(Exception):
@@ -53,7 +77,10 @@ class VllmCalls:
     def __init__(self, args: Any, family: ProcessFamily) -> None:
         self._family = family
         self.work = WorkCount()
-        self._llm = AsyncLLM.from_engine_args(args, stat_loggers=[self.work.logger_factory()])
+        self._extra_slots = extra_slots(args)
+        self._llm = AsyncLLM.from_engine_args(
+            with_extra_slots(args), stat_loggers=[self.work.logger_factory()]
+        )
         self.tokenizer: Any = self._llm.tokenizer
         # A fast tokenizer decodes in one call what vLLM would decode token by token.
         self.backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -69,10 +96,11 @@ class VllmCalls:
         return EngineLimits(
             max_model_len=self._model.max_model_len,
             max_num_seqs=config.scheduler_config.max_num_seqs,
-            max_loras=lora.max_loras if lora else 0,
+            max_loras=lora.max_loras - self._extra_slots if lora else 0,
             max_lora_rank=lora.max_lora_rank if lora else 0,
             cache_tokens=(config.cache_config.num_gpu_blocks or 0)
             * (config.cache_config.block_size or 0),
+            max_cpu_loras=(lora.max_cpu_loras or 0) - self._extra_slots if lora else 0,
         )
 
     @property
@@ -91,6 +119,11 @@ class VllmCalls:
             max_tokens_cap=cap,
             decoding="none" if self.tokenizer is None else "final" if self.backend else "vllm",
         )
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one number of the model, and so of an adapter in memory."""
+        return int(self._model.dtype.itemsize)
 
     @property
     def hub_revision(self) -> str | None:
@@ -155,7 +188,8 @@ class VllmCalls:
         """
         if not self.limits.max_loras:
             raise AdapterLoadError("adapters are off: the worker runs with --no-enable-lora")
-        template = await asyncio.to_thread(_preflight, adapter)
+        folder = await asyncio.to_thread(preflight, adapter)
+        template = await asyncio.to_thread(_chat_template, adapter, folder)
         request = LoRARequest(adapter.lora_name, adapter.lora_int_id, adapter.path)
         try:
             added = await self._llm.add_lora(request)
@@ -164,10 +198,12 @@ class VllmCalls:
         except Exception as error:  # the core sends any kind of error back
             if self.dead:
                 raise EngineDead(DIED) from error
+            # It may be half in: vLLM would call it loaded the next time.
+            await self.remove(adapter.lora_int_id)
             raise AdapterLoadError(_reason(error)) from error
         if not added:
             raise AdapterLoadError(f"vLLM did not take adapter {adapter.lora_name}")
-        return ResidentAdapter(request, template)
+        return ResidentAdapter(request, template, end_token(folder, self.tokenizer))
 
     async def remove(self, lora_int_id: int) -> None:
         """Free an adapter's slot. Unknown ids are ignored."""
@@ -177,13 +213,94 @@ class VllmCalls:
             except EngineDeadError as error:
                 raise EngineDead(DIED) from error
 
+    async def pin(self, lora_int_id: int) -> None:
+        """Keep a resident adapter in its slot.
+
+        Raises:
+            AdapterLoadError: it is not resident, or every slot would be pinned.
+            EngineDead: the engine has died.
+        """
+        try:
+            pinned = await self._llm.pin_lora(lora_int_id)
+        except EngineDeadError as error:
+            raise EngineDead(DIED) from error
+        except Exception as error:  # the core sends any kind of error back
+            if self.dead:
+                raise EngineDead(DIED) from error
+            raise AdapterLoadError(_reason(error)) from error
+        if not pinned:
+            raise AdapterLoadError(f"vLLM did not pin adapter {lora_int_id}")
+
+    @property
+    def fold_refusal(self) -> str | None:
+        """Why a model of this kind is not folded; None if that is not known."""
+        model = self._model
+        if getattr(model, "use_mla", False):
+            return "the model computes with weights that are derived from its own (MLA)"
+        if getattr(model, "has_inner_state", False):
+            return "the model keeps a state beside its KV cache"
+        if getattr(model, "is_encoder_decoder", False):
+            return "the model has an encoder of its own"
+        return None
+
+    async def prepare_fold(self, copy: str) -> float:
+        """Make the engine ready to fold; returns the seconds that restoring takes.
+
+        Args:
+            copy: where the base weights are copied to: "auto", "gpu" or "host".
+
+        Raises:
+            FoldRefused: it cannot; the message says why.
+            EngineDead: the engine has died.
+        """
+        if self.fold_refusal:
+            raise FoldRefused(self.fold_refusal)
+        try:
+            made = await self._llm.engine_core.call_utility_async("lorry_fold_prepare", copy)
+        except EngineDeadError as error:
+            raise EngineDead(DIED) from error
+        except Exception as error:  # the core sends any kind of error back
+            if self.dead:
+                raise EngineDead(DIED) from error
+            raise FoldRefused(_reason(error)) from error
+        if "refused" in made:
+            raise FoldRefused(made["refused"])
+        _log.info("Ready to fold", extra={"action": "fold_ready", **made})
+        return float(made["restore_seconds"])
+
+    async def fold(self, lora_int_id: int | None) -> FoldTimes:
+        """Fold a resident adapter, or restore the base with None.
+
+        Raises:
+            FoldRefused: this adapter is not folded; nothing was changed.
+            EngineDead: the engine has died, or the change went wrong: nothing that it computed
+                from then on may be believed.
+        """
+        try:
+            made = await self._llm.engine_core.call_utility_async("lorry_fold", lora_int_id)
+        except EngineDeadError as error:
+            raise EngineDead(DIED) from error
+        except Exception as error:  # the core sends any kind of error back
+            raise EngineDead(f"a fold went wrong half-way: {_reason(error)}") from error
+        if "refused" in made:
+            raise FoldRefused(made["refused"])
+        return FoldTimes(made["restore"], made["fold"], made["pause"])
+
+    async def fold_digest(self) -> list[str]:
+        """A fingerprint of the weights that folding touches, of each rank (tests, benchmarks)."""
+        digests: list[str] = await self._llm.engine_core.call_utility_async("lorry_fold_digest")
+        return digests
+
     async def listen(self) -> None:
-        """Read the core's messages on the running loop from now on, not from the first request.
+        """Read the core's messages on the running loop from now on, not from the first request;
+        then settle the slots.
 
         Building in a thread leaves that undone, and a death before the first request unseen.
         """
         with contextlib.suppress(EngineDeadError):
             await self._llm.get_supported_tasks()
+            if self._extra_slots:
+                await keep_last_slot_empty(self._llm, self.limits.max_loras + self._extra_slots)
 
     def shutdown(self) -> None:
         """Stop every process of the engine. Blocks for seconds; idempotent."""
@@ -192,13 +309,7 @@ class VllmCalls:
         self._family.kill()
 
 
-def _preflight(adapter: LocalAdapter) -> str | None:
-    folder = Path(adapter.path)
-    # vLLM takes a path that is not there for a hub's name.
-    if not folder.is_absolute():
-        raise AdapterLoadError(f"adapter path {adapter.path} is not absolute")
-    if not (folder / "adapter_config.json").is_file():
-        raise AdapterLoadError(f"no adapter_config.json in {adapter.path}")
+def _chat_template(adapter: LocalAdapter, folder: Path) -> str | None:
     try:
         return adapter_chat_template(folder)
     except (OSError, ValueError) as error:
@@ -207,4 +318,4 @@ def _preflight(adapter: LocalAdapter) -> str | None:
 
 def _reason(error: Exception) -> str:
     text = str(error) or type(error).__name__
-    return text.removeprefix("Call to add_lora method failed: ")
+    return re.sub(r"^Call to \w+ method failed: ", "", text)

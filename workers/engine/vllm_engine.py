@@ -7,10 +7,22 @@ once the environment is set: by `from_flags`, which comes before everything else
 import asyncio
 import contextlib
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from core.generation import Aborted
-from workers.engine.protocol import Done, EngineDead, EngineInfo, EngineRequest, LocalAdapter
+from workers.engine.probe import memory_bytes, probe
+from workers.engine.protocol import (
+    Done,
+    EngineDead,
+    EngineInfo,
+    EngineRequest,
+    FoldCopy,
+    FoldRefused,
+    FoldTimes,
+    LocalAdapter,
+    ProbeResult,
+)
 from workers.engine.vllm_environment import prepare_environment
 from workers.engine.vllm_processes import ProcessFamily
 
@@ -27,8 +39,9 @@ _T = TypeVar("_T")
 class VllmEngine:
     """`Engine` by vLLM's `AsyncLLM`, whose core runs in a process of its own."""
 
-    def __init__(self, flags: "EngineFlags") -> None:
+    def __init__(self, flags: "EngineFlags", fold_copy: FoldCopy = "auto") -> None:
         self._flags = flags
+        self._fold_copy = fold_copy
         self._building: asyncio.Future[VllmCalls] | None = None
         self._family = ProcessFamily()
         self._calls: VllmCalls | None = None
@@ -42,12 +55,21 @@ class VllmEngine:
         self._reason = "the engine was not started"
 
     @classmethod
-    def from_flags(cls, model: str, flags: Sequence[str]) -> "VllmEngine":
+    def from_flags(
+        cls,
+        model: str,
+        flags: Sequence[str],
+        *,
+        fold: bool = False,
+        fold_copy: FoldCopy = "auto",
+    ) -> "VllmEngine":
         """An engine that is not started yet. The first call imports vLLM: about ten seconds.
 
         Args:
             model: a local folder, or the name of a model in the local Hugging Face cache.
             flags: vLLM's own, as `vllm serve` takes them.
+            fold: whether it is built so that it can fold adapters.
+            fold_copy: where it keeps the copy of the base weights that folding needs.
 
         Raises:
             UsageError: a flag, the model or the machine will not do.
@@ -55,7 +77,7 @@ class VllmEngine:
         prepare_environment()
         from workers.engine.vllm_flags import parse_flags
 
-        return cls(parse_flags(model, flags))
+        return cls(parse_flags(model, flags, fold=fold), fold_copy)
 
     @property
     def info(self) -> EngineInfo:
@@ -73,6 +95,10 @@ class VllmEngine:
         """Tokens worked on so far, prompts included."""
         return self._calls.work.value if self._calls else 0
 
+    def made(self) -> int:
+        """Tokens of answers made so far."""
+        return self._calls.work.made if self._calls else 0
+
     async def start(self) -> None:
         """Load the base model, in a thread: the loop and its signals stay live meanwhile.
 
@@ -83,6 +109,7 @@ class VllmEngine:
         try:
             calls = await self._build()
             await self._unless_over(calls.listen())
+            self._info = await self._unless_over(self._ready_to_fold(calls, self.info))
         except BaseException as error:
             closed = self._closing is not None
             await self.close()
@@ -90,6 +117,18 @@ class VllmEngine:
                 raise EngineDead(f"{_CLOSED} while it started") from None
             raise
         self._watcher = asyncio.create_task(self._watch(calls))
+
+    async def _ready_to_fold(self, calls: "VllmCalls", info: EngineInfo) -> EngineInfo:
+        """Make ready to fold, once; where it cannot be, folding is simply not used."""
+        refusal = self._flags.fold_refusal
+        if refusal is None:
+            try:
+                seconds = await calls.prepare_fold(self._fold_copy)
+            except FoldRefused as error:
+                refusal = str(error)
+            else:
+                return replace(info, fold_refusal=None, fold_seconds=seconds)
+        return replace(info, fold_refusal=refusal)
 
     async def load_adapter(self, adapter: LocalAdapter) -> None:
         """Make an adapter resident; see `Engine`."""
@@ -100,6 +139,27 @@ class VllmEngine:
         """Let a resident adapter go; see `Engine`."""
         if self._adapters.pop(lora_int_id, None) is not None:
             await self._unless_over(self._alive().remove(lora_int_id))
+
+    async def probe_adapter(self, adapter: LocalAdapter) -> ProbeResult:
+        """Compare a loaded adapter with the base model; see `Engine`."""
+        dtype_bytes = self._alive().dtype_bytes
+        result = await self._unless_over(probe(self.submit, adapter))
+        taken = await asyncio.to_thread(memory_bytes, adapter, dtype_bytes)
+        return replace(result, memory_bytes=taken)
+
+    async def pin_adapter(self, lora_int_id: int) -> None:
+        """Keep a resident adapter in its slot; see `Engine`."""
+        await self._unless_over(self._alive().pin(lora_int_id))
+
+    async def fold(self, lora_int_id: int | None) -> FoldTimes:
+        """Fold an adapter, or restore the base; see `Engine`."""
+        if self.info.fold_refusal is not None:
+            raise FoldRefused(self.info.fold_refusal)
+        return await self._unless_over(self._alive().fold(lora_int_id))
+
+    async def fold_digest(self) -> list[str]:
+        """A fingerprint of the weights that folding touches, of each rank (tests, benchmarks)."""
+        return await self._unless_over(self._alive().fold_digest())
 
     def submit(self, requests: Sequence[EngineRequest], done: Done) -> None:
         """Feed requests; see `Engine`. A dead or closed engine answers `Aborted`.

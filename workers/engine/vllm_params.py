@@ -52,8 +52,16 @@ class SamplingRules:
     decoding: Literal["vllm", "final", "none"]
 
 
-def sampling_params(request: GenerationRequest, prompt_tokens: int, rules: SamplingRules) -> Any:
+def sampling_params(
+    request: GenerationRequest,
+    prompt_tokens: int,
+    rules: SamplingRules,
+    end_token: int | None = None,
+) -> Any:
     """The `SamplingParams` for a request.
+
+    Args:
+        end_token: the id of a token that ends the answer beside the model's own.
 
     Raises:
         ContextLengthError: the prompt, or it and the tokens asked for, do not fit.
@@ -71,6 +79,7 @@ def sampling_params(request: GenerationRequest, prompt_tokens: int, rules: Sampl
     try:
         return SamplingParams.from_optional(
             **fields,
+            stop_token_ids=None if end_token is None or body.get("ignore_eos") else [end_token],
             max_tokens=max_tokens,
             logprobs=logprobs,
             structured_outputs=_structured(body.get("response_format")),

@@ -97,15 +97,17 @@ def adapter_chat_template(folder: Path) -> str | None:
     except FileNotFoundError:
         pass
     try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise ValueError(f"tokenizer_config.json is not JSON: {error}") from error
     template = config.get("chat_template") if isinstance(config, dict) else None
     if isinstance(template, list):  # several, each with a name
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next(
+            (one.get("template") for one in named if one.get("name") == "default"), None
+        )
     return template if isinstance(template, str) else None
 
 

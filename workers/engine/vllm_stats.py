@@ -11,10 +11,11 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 
 class WorkCount:
-    """Tokens the core has worked on, prompts included; it only rises."""
+    """Tokens the core has worked on, prompts included, and those it made; they only rise."""
 
     def __init__(self) -> None:
         self.value = 0
+        self.made = 0
 
     def logger_factory(self) -> Callable[..., StatLoggerBase]:
         """What `AsyncLLM` takes in `stat_loggers`."""
@@ -38,6 +39,7 @@ class _WorkLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not type-che
     ) -> None:
         tokens = 0
         if iteration_stats is not None:
+            self._count.made += iteration_stats.num_generation_tokens
             tokens = iteration_stats.num_generation_tokens + iteration_stats.num_prompt_tokens
         # A step that only computed part of a long prompt has no tokens to show, but was work.
         self._count.value += max(tokens, 1)

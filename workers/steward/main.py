@@ -35,10 +35,8 @@ async def _run(settings: Settings) -> None:
     if database is None:
         return
     doorbell = Doorbell(str(settings.broker_url))
-    tasks = [
-        asyncio.create_task(duty.run(), name=duty.name)
-        for duty in all_duties(database, doorbell, settings)
-    ]
+    duties = all_duties(database, doorbell, settings)
+    tasks = [asyncio.create_task(duty.run(), name=duty.name) for duty in duties]
     log.info("Steward ready", extra={"action": "steward_ready"})
     try:
         await stop.wait()
@@ -47,6 +45,9 @@ async def _run(settings: Settings) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for duty in duties:
+            if duty.close is not None:
+                await duty.close()
         doorbell.close()
         await database.close()
 
@@ -54,7 +55,7 @@ async def _run(settings: Settings) -> None:
 async def _open_database(settings: Settings) -> Database:
     while True:
         try:
-            return await Database.open(str(settings.database_url), max_size=4)
+            return await Database.open(str(settings.database_url), max_size=8)
         except Unavailable as error:
             log.warning("Waiting for Postgres: %s", error, extra={"action": "postgres_waits"})
             await asyncio.sleep(1)
