@@ -10,7 +10,20 @@ from api.errors import handle_errors
 from api.http_metrics import HttpMetrics
 from api.metrics import ApiMetrics
 from api.openapi import PROBLEMS, describe
-from api.routes import health, jobs, metrics, models
+from api.routes import (
+    adapters,
+    batches,
+    deliveries,
+    files,
+    health,
+    jobs,
+    metrics,
+    models,
+    schedules,
+    tasks,
+    usage,
+    webhooks,
+)
 from api.services import open_services
 from core.settings import Settings
 
@@ -46,7 +59,20 @@ def create_app(settings: Settings, ready_model: str | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     handle_errors(app)
-    for module in (jobs, models, health, metrics):
+    for module in (
+        jobs,
+        batches,
+        schedules,
+        files,
+        models,
+        adapters,
+        tasks,
+        webhooks,
+        deliveries,
+        usage,
+        health,
+        metrics,
+    ):
         app.include_router(module.router)
     describe(app)
     app.add_middleware(HttpMetrics, metrics=counts)

@@ -1,15 +1,36 @@
 """Reading a request's body without ever holding more of it than is allowed."""
 
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from fastapi import Request
+from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from core.errors import BodyTooLarge, InvalidRequest
+from core.invalid import field_errors, invalid_request
 
 #: How much of a body that is too long is read and thrown away. A connection that closes on unread
 #: bytes is reset, and its client sees a broken pipe in place of the answer.
 MOST_DISCARDED_BYTES: Final = 64 * 1024 * 1024
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+async def read_model(request: Request, limit: int, model: type[_Model]) -> _Model:
+    """The body as `model`. Raises like `read_json_body`, and InvalidRequest naming every field."""
+    raw = await read_json_body(request, limit)
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        raise invalid_request(field_errors(error.errors(), model.model_fields)) from None
+
+
+def json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads a small body by `read_model`."""
+    schema = model.model_json_schema()
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 async def read_json_body(request: Request, limit: int) -> bytes:

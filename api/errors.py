@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from rfc9457 import Problem
 from starlette.exceptions import HTTPException
 
-from core.errors import BodyTooLarge, LorryError, NotFound, Unauthorized
+from api.openai_errors import as_openai
+from core.errors import BodyTooLarge, FileTooLarge, LorryError, NotFound, Unauthorized
 from core.invalid import field_errors, invalid_request
 
 
@@ -36,6 +37,7 @@ def handle_errors(app: FastAPI) -> None:
             RequestValidationError: _parameter_error,
             Exception: _unexpected,
         },
+        post_hooks=[as_openai],
         http_exception_handler=_http_error,
         request_validation_handler=_parameter_error,
     )
@@ -88,7 +90,7 @@ def _problem(error: LorryError, retry_after: int | None = None) -> Problem:
         headers["Retry-After"] = str(retry_after)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, BodyTooLarge):
+    if isinstance(error, BodyTooLarge | FileTooLarge):
         headers["Connection"] = "close"  # the rest of the body is not read
     return Problem(
         error.title(),

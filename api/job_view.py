@@ -74,10 +74,10 @@ def stored_job(row: Row) -> dict[str, Any]:
         adapter=row["adapter"],
         adapter_version=row["adapter_version"],
         priority=row["priority"],
-        deadline=_seconds(row["deadline"]),
+        deadline=unix_seconds(row["deadline"]),
         attempts=row["attempts"],
-        started_at=_seconds(row["started_at"]),
-        finished_at=_seconds(row["finished_at"]),
+        started_at=unix_seconds(row["started_at"]),
+        finished_at=unix_seconds(row["finished_at"]),
         metadata=_fragment(row["metadata"]),
         webhook_url=row["webhook_url"],
         response=_fragment(row["response"]),
@@ -96,6 +96,7 @@ def submitted_job(job_id: UUID, request: JobRequest, target: Target) -> dict[str
         priority=request.priority,
         deadline=None if request.deadline is None else int(request.deadline),
         metadata=request.metadata,
+        webhook_url=request.webhook_url,
     )
 
 
@@ -136,7 +137,8 @@ def _job(
     }
 
 
-def _seconds(moment: datetime | None) -> int | None:
+def unix_seconds(moment: datetime | None) -> int | None:
+    """A moment as the outside sees it."""
     return None if moment is None else int(moment.timestamp())
 
 

@@ -17,7 +17,16 @@ from prometheus_client.registry import Collector
 from core.errors import Unavailable
 from core.labels import BoundedLabels
 from db.database import Database
-from db.stats import QueueNow, WorkerNow, queue_now, workers_now
+from db.stats import (
+    DeliveriesNow,
+    QueueNow,
+    WorkerNow,
+    deliveries_now,
+    lost_workers,
+    queue_now,
+    workers_now,
+)
+from db.suspects import waiting_suspects
 
 #: The queue is looked at no more often than this, however many scrape.
 LOOK_SECONDS: Final = 5.0
@@ -81,7 +90,13 @@ class ApiMetrics:
         if self._outage is not None and age < OUTAGE_SECONDS:
             raise Unavailable(self._outage.message)
         try:
-            self._queue.show(await queue_now(database), await workers_now(database))
+            self._queue.show(
+                await queue_now(database),
+                await workers_now(database),
+                await waiting_suspects(database),
+                await lost_workers(database),
+                await deliveries_now(database),
+            )
             self._outage = None
         except Unavailable as error:
             self._outage = error
@@ -103,8 +118,20 @@ class _QueueCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         return self._metrics
 
-    def show(self, queue: QueueNow, workers: list[WorkerNow]) -> None:
-        self._metrics = [*self._adapters(queue), *_workers(workers)]
+    def show(
+        self,
+        queue: QueueNow,
+        workers: list[WorkerNow],
+        suspects: Mapping[str, int],
+        lost: Mapping[str, int],
+        deliveries: DeliveriesNow,
+    ) -> None:
+        self._metrics = [
+            *self._adapters(queue),
+            *_workers(workers),
+            *_trouble(suspects, lost),
+            *_webhooks(deliveries),
+        ]
 
     def _adapters(self, queue: QueueNow) -> Iterable[Metric]:
         waiting: dict[tuple[str, ...], int] = {}
@@ -138,6 +165,24 @@ def _workers(workers: list[WorkerNow]) -> Iterable[Metric]:
     yield _family("lorry_running_jobs", "Jobs that workers hold.", labels, running)
     text = "Tokens of answers per second, of live workers."
     yield _family("lorry_tokens_per_second", text, labels, tokens)
+
+
+def _trouble(suspects: Mapping[str, int], lost: Mapping[str, int]) -> Iterable[Metric]:
+    labels = ("base_model",)
+    text = "Queued jobs that saw an engine die, and run apart."
+    yield _family("lorry_suspect_jobs", text, labels, {(b,): n for b, n in suspects.items()})
+    text = "Workers declared lost in the last hour."
+    yield _family("lorry_lost_workers", text, labels, {(b,): n for b, n in lost.items()})
+
+
+def _webhooks(deliveries: DeliveriesNow) -> Iterable[Metric]:
+    count: dict[tuple[str, ...], float]
+    count = {("true",): deliveries.due, ("false",): deliveries.later}
+    text = "Webhook deliveries not made yet, counted up to a cap."
+    yield _family("lorry_pending_deliveries", text, ("due",), count)
+    text = "How long the oldest delivery that is due has been."
+    oldest: dict[tuple[str, ...], float] = {(): deliveries.oldest_due_seconds}
+    yield _family("lorry_deliveries_oldest_due_seconds", text, (), oldest)
 
 
 def _family(

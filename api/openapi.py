@@ -1,5 +1,6 @@
 """The OpenAPI document: the job's body, which is parsed from its bytes, and the error documents."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -7,7 +8,9 @@ from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
 from api.errors import ProblemDetails
+from core.batch_request import BatchBody
 from core.request_body import ChatBody, CompletionBody
+from core.schedule_request import ScheduleBody
 
 _REFERENCE: Final = "#/components/schemas/{model}"
 
@@ -74,6 +77,27 @@ JOB_REQUEST_BODY: Final[dict[str, Any]] = {
     ],
 }
 
+_IDEMPOTENCY: Final = JOB_REQUEST_BODY["parameters"]
+
+#: The same for a batch.
+BATCH_REQUEST_BODY: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": _REFERENCE.format(model="BatchBody")}}},
+    },
+    "parameters": _IDEMPOTENCY,
+}
+
+#: The same for a schedule, made or changed.
+SCHEDULE_REQUEST_BODY: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"$ref": _REFERENCE.format(model="ScheduleBody")}}
+        },
+    }
+}
+
 #: `responses` of every route.
 PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
     code: {
@@ -104,9 +128,17 @@ def describe(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+@functools.cache
 def _schemas() -> dict[str, Any]:
+    """Once per process: it takes 50 ms, and anyone may ask for it again and again."""
     _, definitions = models_json_schema(
-        [(ChatBody, "validation"), (CompletionBody, "validation"), (ProblemDetails, "validation")],
+        [
+            (ChatBody, "validation"),
+            (CompletionBody, "validation"),
+            (BatchBody, "validation"),
+            (ScheduleBody, "validation"),
+            (ProblemDetails, "validation"),
+        ],
         ref_template=_REFERENCE,
     )
     schemas: dict[str, Any] = definitions["$defs"]

@@ -1,6 +1,5 @@
 """Submitting a job: at most once per Idempotency-Key, committed before it is answered or rung."""
 
-import time
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,6 +11,7 @@ from core.priority import place_in_line
 from core.request import JobRequest
 from db import jobs
 from db.registry import Target, resolve
+from db.workers import clock
 
 #: The scope of a key, with its tenant.
 ROUTE: Final = "POST /v1/jobs"
@@ -35,7 +35,8 @@ async def submit(
     the model has gone or the deadline has passed meanwhile.
 
     Raises:
-        InvalidRequest: the deadline has passed, or the request cannot fit the model's context.
+        InvalidRequest: the deadline has passed, the request cannot fit the model's context, or
+            webhooks may not go to its URL.
         IdempotencyConflict: the key was used with another body.
         ModelNotFound: the model does not exist.
         Unavailable: Postgres cannot be reached. With a key it is safe to ask again.
@@ -46,7 +47,11 @@ async def submit(
         earlier = await _earlier(services, tenant_id, use)
         if earlier is not None:
             return earlier
-    deadline = request.deadline_at(time.time())
+    request.check_webhook(services.settings.webhook_networks())
+    deadline = None
+    if request.deadline is not None:
+        # by the clock that will expire it, whatever this machine's says
+        deadline = request.deadline_at((await clock(services.database)).timestamp())
     async with services.database.connection() as connection:
         target = await resolve(connection, tenant_id, request.model)
     request.check_context(target.max_model_len)
@@ -64,6 +69,7 @@ async def submit(
         tokens=request.expected_tokens(target.max_model_len),
         deadline=deadline,
         metadata=request.metadata_json(),
+        webhook_url=request.webhook_url,
     )
     return await _commit(services, job, use, request, target)
 

@@ -53,7 +53,8 @@ class Waiters:
         self._somebody.set()
         try:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(future, seconds)
+                async with asyncio.timeout(seconds):
+                    await future
         finally:
             self._forget(job_id, future)
 

@@ -74,10 +74,33 @@ def get(
         job = client.get(f"/v1/jobs/{job_id}")
         if wait:
             job = _until_final(client, job)
+        several = not as_json and job["attempts"] > 1
+        earlier = client.get(f"/v1/jobs/{job_id}/attempts", limit=100) if several else None
     if as_json:
         show_json(job)
     else:
         _show_job(job)
+        if earlier:
+            print()
+            _show_attempts(earlier)
+
+
+@app.command()
+def attempts(
+    job_id: JobId,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="At most so many.")] = 20,
+    after: Annotated[int | None, typer.Option(help="Only those behind this one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List a job's attempts: which worker, when, and what became of each."""
+    from cli.client import Client
+
+    with Client.from_environment() as client:
+        page = client.get(f"/v1/jobs/{job_id}/attempts", limit=limit, after=after)
+    if as_json:
+        show_json(page)
+    else:
+        _show_attempts(page)
 
 
 @app.command("list")
@@ -139,6 +162,13 @@ def _show_job(job: dict[str, Any]) -> None:
     if job.get("response") or job.get("error"):
         print()
         _show_answer(job)
+
+
+def _show_attempts(page: dict[str, Any]) -> None:
+    columns = ("attempt", "worker", "started_at", "ended_at", "outcome", "error")
+    show_rows(page["data"], columns, as_json=False, none="no attempts yet")
+    if page["has_more"]:
+        print(f"more: --after {page['last_id']}")
 
 
 def answers(job: dict[str, Any]) -> list[str]:

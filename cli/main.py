@@ -4,7 +4,20 @@ import sys
 
 import typer
 
-from cli import jobs, keys, models, output, services
+from cli import (
+    adapters,
+    batch,
+    jobs,
+    keys,
+    models,
+    output,
+    partition,
+    schedules,
+    services,
+    tasks,
+    webhook_listen,
+    webhooks,
+)
 from cli.top import top
 from core.errors import LorryError, UsageError
 
@@ -24,8 +37,15 @@ app.command()(services.steward)
 app.command()(services.migrate)
 app.command()(top)
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(batch.app, name="batch")
+app.add_typer(schedules.app, name="schedules")
 app.add_typer(models.app, name="models")
+app.add_typer(adapters.app, name="adapters")
+app.add_typer(tasks.app, name="tasks")
+app.add_typer(webhooks.app, name="webhooks")
 app.add_typer(keys.app, name="keys")
+adapters.app.command("partition")(partition.partition)
+webhooks.app.command("listen")(webhook_listen.listen)
 
 
 @app.command()

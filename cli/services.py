@@ -9,6 +9,7 @@ import typer
 from cli.local import DataDir, database_url
 from cli.output import AsJson, show_json
 from core.errors import UsageError
+from core.partitions import LAST_PARTITION
 from workers.engine.selection import EngineName
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 Engine = Annotated[str, typer.Option(help="vllm, or simulated to try the queue without a model.")]
+Fold = Annotated[
+    str, typer.Option(help="auto folds adapters into the base's weights where it pays; or off.")
+]
 Host = Annotated[str, typer.Option(help="Where to listen.")]
 Port = Annotated[int, typer.Option(min=0, max=65_535, help="Where to listen; 0 takes a free port.")]
 EngineFlags = Annotated[
@@ -36,6 +40,7 @@ def up(
     port: Port = 8000,
     data_dir: Annotated[Path | None, typer.Option(help="Where everything is kept.")] = None,
     engine: Engine = "vllm",
+    fold: Fold = "auto",
     require_keys: Annotated[
         bool, typer.Option("--require-keys", help="Ask for API keys; needed beyond loopback.")
     ] = False,
@@ -63,6 +68,7 @@ def up(
         data_dir=(data_dir or default_data_dir()).expanduser().absolute(),
         cache_dir=settings.cache_folder().expanduser().absolute(),
         engine=_engine(engine),
+        fold=_fold(fold),
         require_keys=require_keys or named,
         adapters=parse_adapters(adapter or []),
         flags=flags,
@@ -86,6 +92,7 @@ def api(
 def worker(
     model_and_flags: EngineFlags = None,
     engine: Engine = "vllm",
+    fold: Fold = "auto",
     name: Annotated[str, typer.Option(help="How the worker is listed.")] = "",
     partitions: Annotated[
         str | None, typer.Option(metavar="P,P…", help="Serve only these partitions.")
@@ -94,21 +101,32 @@ def worker(
         str | None,
         typer.Option(metavar="NAME,NAME…", help="Serve only these adapters; it then polls."),
     ] = None,
+    pin: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME…", help="Load these adapters first and keep them."),
+    ] = None,
+    preload: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME…", help="Load these adapters before the first job."),
+    ] = None,
 ) -> None:
     """Run a worker: one engine, holding one base model."""
     model, flags = split_model(model_and_flags)
     if model is None:
         raise UsageError("name the MODEL before the engine's flags: lorry worker MODEL [FLAGS]")
-    settings = _settings()
+    _settings()
     from workers.launcher import WorkerSpec, launch
 
     spec = WorkerSpec(
         model=model,
         engine=_engine(engine),
+        fold=_fold(fold),
         flags=flags,
         name=name,
-        partitions=_partitions(partitions, settings.partitions),
+        partitions=_partitions(partitions),
         adapters=None if adapters is None else tuple(_listed(adapters, "--adapters")),
+        pin=() if pin is None else tuple(_listed(pin, "--pin")),
+        preload=() if preload is None else tuple(_listed(preload, "--preload")),
     )
     raise typer.Exit(launch(spec))
 
@@ -144,15 +162,13 @@ def split_model(arguments: list[str] | None) -> tuple[str | None, tuple[str, ...
     return None, rest
 
 
-def _partitions(text: str | None, count: int) -> tuple[int, ...] | None:
+def _partitions(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = _listed(text, "--partitions")
     for part in parts:
-        if not (part.isascii() and part.isdigit() and int(part) < count):
-            raise UsageError(
-                f"--partitions {part}: give numbers from 0 to {count - 1} (LORRY_PARTITIONS)"
-            )
+        if not (part.isascii() and part.isdigit() and int(part) <= LAST_PARTITION):
+            raise UsageError(f"--partitions {part}: give numbers from 0 to {LAST_PARTITION}")
     return tuple(int(part) for part in parts)
 
 
@@ -168,6 +184,12 @@ def _engine(name: str) -> EngineName:
         return EngineName(name)
     except ValueError:
         raise UsageError(f"--engine {name}: give one of {', '.join(EngineName)}") from None
+
+
+def _fold(choice: str) -> bool:
+    if choice not in ("auto", "off"):
+        raise UsageError(f"--fold {choice}: give auto or off")
+    return choice == "auto"
 
 
 def _settings(*, needs_servers: bool = True) -> "Settings":

@@ -7,6 +7,7 @@ from uuid import UUID
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from api.attempt_view import AttemptList, attempt_list
 from api.auth import TenantId
 from api.body import read_json_body
 from api.job_view import Job, JobList, json_response, stored_job
@@ -19,6 +20,7 @@ from core.json_values import check_text
 from core.request import parse_job_request
 from core.states import JobState
 from db import jobs
+from db.attempts import list_attempts
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -127,6 +129,32 @@ async def get_job(
         await services.waiters.wait(found, parameters.wait)
         job = await _read(services, tenant_id, found, job_id)
     return json_response(job)
+
+
+class AttemptParameters(_Parameters):
+    """Which attempts are listed."""
+
+    after: int = Field(0, ge=0, le=2**31 - 1, description="begin behind this attempt")
+    limit: int = Field(20, ge=1, le=100)
+
+
+@router.get(
+    "/{job_id}/attempts", summary="List a job's attempts", responses={200: {"model": AttemptList}}
+)
+async def list_job_attempts(
+    job_id: str,
+    tenant_id: TenantId,
+    services: ServicesDep,
+    parameters: Annotated[AttemptParameters, Query()],
+) -> Response:
+    """The job's attempts, oldest first: which worker, when, and what became of each."""
+    found = _known_id(job_id)
+    rows = await list_attempts(
+        services.database, tenant_id, found, parameters.after, parameters.limit + 1
+    )
+    if rows is None:
+        raise _no_job(job_id)
+    return json_response(attempt_list(rows, parameters.limit))
 
 
 @router.post("/{job_id}/cancel", summary="Cancel a job", responses={200: {"model": Job}})

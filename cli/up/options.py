@@ -19,6 +19,7 @@ class UpOptions:
         data_dir: everything the stack keeps.
         cache_dir: what can be made again: the demo's base, local adapter copies.
         engine: `vllm` or `simulated`.
+        fold: whether the worker folds adapters where it pays.
         require_keys: whether the API asks for keys.
         adapters: names and folders of adapters to register.
         flags: the engine's own flags.
@@ -35,6 +36,7 @@ class UpOptions:
     adapters: tuple[tuple[str, Path], ...]
     flags: tuple[str, ...]
     as_json: bool = False
+    fold: bool = True
 
 
 def parse_adapters(texts: list[str]) -> tuple[tuple[str, Path], ...]:
@@ -44,6 +46,11 @@ def parse_adapters(texts: list[str]) -> tuple[tuple[str, Path], ...]:
         name, equals, folder = text.partition("=")
         if not (name and equals and folder):
             raise UsageError(f"--adapter {text!r}: give NAME=FOLDER")
+        if "://" in folder:
+            raise UsageError(
+                f"--adapter {text!r}: remote addresses are not taken yet; download it first, then "
+                "give the folder here"
+            )
         path = Path(folder).expanduser().absolute()
         if not path.is_dir():
             raise UsageError(f"--adapter {text!r}: there is no folder {path}")

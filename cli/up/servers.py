@@ -27,6 +27,9 @@ DATABASE: Final = "lorry"
 #: A socket's path may hold 107 bytes on Linux and 103 on macOS, its NUL apart.
 _LONGEST_SOCKET_PATH: Final = 100
 _SOCKET_NAME: Final = ".s.PGSQL.5432"
+#: What PostgreSQL keeps in memory: a quarter of it, within these.
+_LEAST_BUFFERS_MB: Final = 128
+_MOST_BUFFERS_MB: Final = 8192
 #: Longest wait for a former server on the same data to finish its shutdown.
 _FORMER_SECONDS: Final = 30.0
 #: The name is the package's.
@@ -119,12 +122,17 @@ class EmbeddedPostgres:
         """Put the data folder that the programs of `prepare` made into its place."""
         os.replace(self._fresh, self.data)
 
-    def program(self) -> Program:
-        """The server."""
+    def program(self, memory_bytes: int | None = None) -> Program:
+        """The server.
+
+        Args:
+            memory_bytes: of the machine that it is sized for; None for this one.
+        """
         options = {
             "listen_addresses": "",
             "unix_socket_directories": str(self._sockets),
             "max_connections": "200",
+            **sized_for(memory_bytes or _memory_bytes()),
         }
         switches = [text for name, value in options.items() for text in ("-c", f"{name}={value}")]
         return self._program("postgres", ("postgres", "-D", str(self.data), *switches))
@@ -208,6 +216,31 @@ class EmbeddedValkey:
         }
         switches = [text for pair in options.items() for text in pair]
         return Program("valkey", (str(self._binary), *switches), stop_seconds=5.0)
+
+
+def sized_for(memory_bytes: int) -> dict[str, str]:
+    """Postgres's settings for a machine's memory: its own defaults are those of a small computer.
+
+    A claim of a large backlog reads its jobs from all over the table, so what counts is that the
+    pages are in memory. Nothing is taken before it is used.
+    """
+    megabytes = memory_bytes // 2**20
+    shared = min(max(megabytes // 4, _LEAST_BUFFERS_MB), _MOST_BUFFERS_MB)
+    return {
+        "shared_buffers": f"{shared}MB",
+        "effective_cache_size": f"{max(megabytes // 2, shared)}MB",
+        # fewer checkpoints, hence fewer whole pages in the log; bounds a recovery to seconds
+        "max_wal_size": "2GB",
+    }
+
+
+def _memory_bytes() -> int:
+    """The machine's memory, or what our control group may have of it."""
+    total: int = psutil.virtual_memory().total
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return total
 
 
 def _unprivileged_user() -> "pwd.struct_passwd":

@@ -3,9 +3,11 @@
 python -m cli.up.serving CACHE_DIR      makes the demo's base there
 """
 
+import asyncio
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -64,25 +66,35 @@ def choose(options: UpOptions) -> Serving:
 async def register(database: "Database", store_url: str, partitions: int, what: Serving) -> None:
     """Make the base and its adapters known, as far as they are not yet.
 
+    By the same way as an upload: the rules that need no worker apply here, and the worker probes
+    them before their first job.
+
     Raises:
-        AdapterInvalid: an adapter's folder or name cannot be used.
+        AdapterRejected, InvalidRequest: an adapter or its name cannot be used.
     """
-    from db.registry import declare_base, register_adapter
+    from db.adapter_package import PackageLimits, unpack
+    from db.adapters import add
+    from db.registry import declare_base
     from db.store import Store
+    from db.tenants import DEFAULT_TENANT_ID
 
     if what.context is not None:
         await declare_base(database, what.name, what.context)
     store = Store.open(store_url)
     for name, folder in what.adapters:
-        await register_adapter(
-            database,
-            store,
-            tenant=DEFAULT_TENANT,
-            base_model=what.name,
-            name=name,
-            folder=folder,
-            partitions=partitions,
-        )
+        with tempfile.TemporaryDirectory(prefix="lorry-adapter-") as scratch:
+            package = await asyncio.to_thread(
+                unpack, folder, Path(scratch) / "unpacked", PackageLimits()
+            )
+            await add(
+                database,
+                store,
+                tenant_id=DEFAULT_TENANT_ID,
+                name=name,
+                base_model=what.name,
+                package=package,
+                partitions=partitions,
+            )
 
 
 def _demo(options: UpOptions) -> Serving:

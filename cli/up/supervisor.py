@@ -145,7 +145,9 @@ class Supervisor:
     async def _start_services(self, group: asyncio.TaskGroup) -> None:
         options, serving = self._options, self._serving
         listen = ("--host", options.host, "--port", str(self._port))
-        worker = ("worker", serving.model, "--engine", options.engine, *serving.flags)
+        fold = "auto" if options.fold else "off"
+        own = ("--engine", options.engine, "--fold", fold)
+        worker = ("worker", serving.model, *own, *serving.flags)
         patience = self._settings.grace_seconds + _CLOSING_SECONDS
         for program in (
             self._program("api", "api", *listen, "--ready-model", serving.name),
