@@ -11,7 +11,7 @@ LOCK := $(if $(findstring cpu,$(EXTRAS)),-c constraints.txt)
 READY := $(VENV)/.ready-$(subst $(strip ,),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults lint bench adapters clean
+.PHONY: help setup demo test test-faults test-full lint bench adapters clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,10 +36,20 @@ demo: setup ## Run the main job: a real engine, four models, 24 prompts over RES
 	@$(BIN)/lorry demo
 
 test: setup ## Run every test (real PostgreSQL, Valkey and vLLM on this machine)
-	@$(BIN)/python -m pytest
+	@# without vLLM they wait more than they compute: two at a time, each with servers of its own
+	@$(BIN)/python -m pytest -m "not vllm" -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -m vllm
 
-test-faults: setup ## Run the fault tests alone
-	@$(BIN)/python -m pytest tests/faults
+# What injects faults without a process of its own lies among the integration tests.
+FAULTS := tests/faults $(patsubst %,tests/integration/test_%.py,doorbells duties_without_broker \
+	hanging_servers job_machine old_release rescue stewards stop suspects unstorable_text)
+
+test-faults: setup ## Run the fault tests, each fault as often as promised (about 20 minutes)
+	@$(BIN)/python -m pytest $(FAULTS) --full -m "not vllm" -n 2 --dist loadfile
+	@$(BIN)/python -m pytest tests/faults --full -m vllm
+
+test-full: setup ## Run every test in its full size, one after another (hours)
+	@$(BIN)/python -m pytest --full
 
 lint: setup ## Check style, types and the direction of imports
 	@$(BIN)/ruff check .

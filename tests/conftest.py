@@ -14,7 +14,14 @@ import pytest
 
 from db.database import Database
 from db.migrate import upgrade
+from tests.support.scale import Scale
 from tests.support.servers import PostgresServer, ValkeyServer
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="inject every fault as often as `make test-faults` does"
+    )
 
 
 def pytest_configure() -> None:
@@ -34,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
+
+
+@pytest.fixture(scope="session")
+def scale(request: pytest.FixtureRequest) -> Scale:
+    """How often to inject a fault: quick in CI, with `--full` as often as promised."""
+    return Scale(full=bool(request.config.getoption("--full")))
 
 
 @pytest.fixture(autouse=True, scope="session")

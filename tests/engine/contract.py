@@ -13,7 +13,13 @@ import pytest
 
 from core.errors import ErrorCode
 from core.generation import Aborted, Completion, Endpoint, Failure, GenerationRequest, Outcome
-from workers.engine.protocol import AdapterLoadError, Engine, EngineRequest, LocalAdapter
+from workers.engine.protocol import (
+    AdapterLoadError,
+    Engine,
+    EngineRequest,
+    FoldRefused,
+    LocalAdapter,
+)
 
 _numbers = itertools.count()
 _LONG = {"prompt": "Once upon a time", "max_tokens": 600, "ignore_eos": True}
@@ -149,7 +155,7 @@ class EngineContract:
         engine.submit([running, kept], answers.done)
         await answers.wait(1)  # the short one: the long one computes by now
         await engine.abort([running.request_id])
-        await answers.wait(2, seconds=5)
+        await answers.wait(2, seconds=60)
         assert isinstance(answers.outcomes[running.request_id], Aborted)
         assert isinstance(answers.outcomes[kept.request_id], Completion)
         assert engine.running == 0
@@ -159,7 +165,7 @@ class EngineContract:
         requests = [request(_LONG) for _ in range(5)]
         engine.submit(requests, answers.done)
         await engine.abort([one.request_id for one in requests])
-        await answers.wait(5, seconds=5)
+        await answers.wait(5, seconds=60)
         await asyncio.sleep(0.05)
         assert set(answers.calls.values()) == {1}
         assert all(isinstance(outcome, Aborted) for outcome in answers.outcomes.values())
@@ -198,3 +204,88 @@ class EngineContract:
     async def test_close_is_idempotent(self, fresh_engine: Engine) -> None:
         await asyncio.gather(fresh_engine.close(), fresh_engine.close())
         await fresh_engine.close()
+
+
+class FoldContract:
+    """What every engine that folds must do. Fixtures: `folding`, an engine that can, started, and
+    `adapters` (at least two that load and can be folded)."""
+
+    async def test_only_the_folded_adapter_computes(
+        self, folding: Engine, adapters: Sequence[LocalAdapter]
+    ) -> None:
+        one, other = adapters[:2]
+        body = {"prompt": "The meaning of", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+        for adapter in (one, other):
+            await folding.load_adapter(adapter)
+        apart = [await complete(folding, body, who) for who in (one, other, None)]
+        times = await folding.fold(one.lora_int_id)
+        assert times.pause >= times.fold >= 0
+        answers = Answers()
+        waiting = [request(body, adapter=other), request(body)]
+        folding.submit(waiting, answers.done)
+        assert (await complete(folding, body, one)).choices == apart[0].choices
+        await asyncio.sleep(0.2)
+        before = folding.progress()
+        await asyncio.sleep(0.2)
+        assert not answers.outcomes
+        assert folding.progress() == before  # nothing spins either
+        await folding.fold(other.lora_int_id)  # straight to another
+        await answers.wait(1)
+        await folding.fold(None)
+        await answers.wait(2)
+        for sent, alone in zip(waiting, apart[1:], strict=True):
+            outcome = answers.outcomes[sent.request_id]
+            assert isinstance(outcome, Completion)
+            assert outcome.choices == alone.choices
+
+    async def test_what_computes_is_parked_and_goes_on(
+        self, folding: Engine, adapters: Sequence[LocalAdapter]
+    ) -> None:
+        one, other = adapters[:2]
+        body = {"prompt": "Once", "max_tokens": 150, "temperature": 0, "ignore_eos": True}
+        for adapter in (one, other):
+            await folding.load_adapter(adapter)
+        alone = await complete(folding, body, other)
+        answers, started = Answers(), folding.progress()
+        folding.submit([request(body, adapter=other)], answers.done)
+        async with asyncio.timeout(60):
+            while folding.progress() < started + 20:
+                await asyncio.sleep(0.005)
+        await folding.fold(one.lora_int_id)
+        assert not answers.outcomes
+        await complete(folding, {"prompt": "a", "max_tokens": 3}, one)
+        assert not answers.outcomes
+        await folding.fold(None)
+        await answers.wait(1)
+        (outcome,) = answers.outcomes.values()
+        assert isinstance(outcome, Completion)
+        assert outcome.choices == alone.choices
+
+    async def test_a_parked_request_can_be_aborted(
+        self, folding: Engine, adapters: Sequence[LocalAdapter]
+    ) -> None:
+        one, other = adapters[:2]
+        for adapter in (one, other):
+            await folding.load_adapter(adapter)
+        answers, started = Answers(), folding.progress()
+        body = {**_LONG, "max_tokens": 400}  # an engine's context may be 512
+        long = [request(body, adapter=other), request(body)]
+        folding.submit(long, answers.done)
+        async with asyncio.timeout(60):
+            while folding.progress() < started + 8:
+                await asyncio.sleep(0.005)
+        await folding.fold(one.lora_int_id)
+        await folding.abort([sent.request_id for sent in long])
+        await answers.wait(2, seconds=60)
+        assert all(isinstance(outcome, Aborted) for outcome in answers.outcomes.values())
+        await folding.fold(None)
+        await complete(folding, {"prompt": "still here", "max_tokens": 2}, other)
+
+    async def test_an_adapter_that_is_not_resident_is_refused(self, folding: Engine) -> None:
+        with pytest.raises(FoldRefused, match="not resident"):
+            await folding.fold(12345)
+        await complete(folding, {"prompt": "still here", "max_tokens": 2})
+
+    async def test_restoring_what_is_not_folded_is_fine(self, folding: Engine) -> None:
+        await folding.fold(None)
+        await folding.fold(None)

@@ -1,5 +1,6 @@
 """The demo's adapters on the real engine: each does its task, alone and beside the others."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from cli.demo.base import DEMO_BASE
 from cli.demo.prompts import DEMO_PROMPTS, DemoPrompt, looks_like
 from core.generation import Completion
 from tests.engine.contract import ask, chat, request
+from tests.support.scale import Scale
 from workers.engine.protocol import Engine, EngineRequest, LocalAdapter
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
@@ -42,9 +44,10 @@ def _text(outcome: Any) -> str:
 
 
 async def test_each_adapter_does_its_task_and_the_base_does_not(
-    vllm_engine: Engine, demo_adapters: dict[str, LocalAdapter]
+    vllm_engine: Engine, demo_adapters: dict[str, LocalAdapter], scale: Scale
 ) -> None:
-    asked = [prompt for prompt in DEMO_PROMPTS if prompt.model != DEMO_BASE]
+    """Half of the demo's prompts by default: `make demo` looks at all of them."""
+    asked = [prompt for prompt in DEMO_PROMPTS if prompt.model != DEMO_BASE][:: scale(2, 1)]
     by_adapter = await ask(vllm_engine, [_greedy(p, demo_adapters[p.model]) for p in asked])
     by_base = await ask(vllm_engine, [_greedy(p, None) for p in asked])
     for prompt, adapted, plain in zip(asked, by_adapter, by_base, strict=True):
@@ -55,11 +58,15 @@ async def test_each_adapter_does_its_task_and_the_base_does_not(
 
 
 async def test_adapters_at_once_answer_as_each_alone(
-    vllm_engine: Engine, demo_adapters: dict[str, LocalAdapter]
+    vllm_engine: Engine, demo_adapters: dict[str, LocalAdapter], scale: Scale
 ) -> None:
-    some = [prompt for prompt in DEMO_PROMPTS if prompt.model == "sql"][:2] + [
-        prompt for prompt in DEMO_PROMPTS if prompt.model == "pirate"
-    ][:2]
+    some = [
+        prompt
+        for name in ("sql", "pirate")
+        for prompt in [each for each in DEMO_PROMPTS if each.model == name][: scale(1, 2)]
+    ]
+    if not scale.full:
+        some = [replace(prompt, max_tokens=16) for prompt in some]
     pairs = [(p, adapter) for p in some for adapter in (None, *demo_adapters.values())]
     alone = [_text((await ask(vllm_engine, [_greedy(*pair)]))[0]) for pair in pairs]
     together = [_text(o) for o in await ask(vllm_engine, [_greedy(*pair) for pair in pairs])]

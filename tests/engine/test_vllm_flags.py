@@ -50,6 +50,9 @@ def test_the_outside_name_is_the_served_one_or_the_folders(model: Path) -> None:
         (["--max-cpu-loras", "3"], "twice --max-loras"),
         (["--model", "other"], "named before the flags"),
         (["--chat-template", "/nonexistent"], "No such file"),
+        (["--lora-extra-vocab-size", "256"], "cannot grow a vocabulary"),
+        (["--lora_extra_vocab_size=0"], "dropped it"),
+        (["--lora-target-modules", "q_proj"], "without a word"),
     ],
 )
 def test_a_bad_flag_is_refused_with_its_reason(model: Path, flags: list[str], why: str) -> None:
@@ -89,3 +92,34 @@ def test_the_revision_follows_the_files(model: Path) -> None:
 
 def test_cores_are_written_as_ranges() -> None:
     assert _ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+
+
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        ("--no-enable-lora", "adapters are off"),
+        ("--quantization=fp8", "quantised"),
+        ("--fully-sharded-loras", "sharded by their rank"),
+        ("--scheduler-cls=some.Scheduler", "the scheduler is another one"),
+        ("--max-loras=4", "packs the base weights away"),
+    ],
+)
+def test_flags_with_which_nothing_is_folded_are_named(model: Path, flag: str, why: str) -> None:
+    build_engine(EngineName.VLLM, str(model), [])  # sets the environment, then imports vLLM
+    from workers.engine.vllm_flags import parse_flags
+
+    found = parse_flags(str(model), [flag], fold=True)
+    assert why in (found.fold_refusal or "")
+    assert found.args.worker_extension_cls == ""
+
+
+def test_an_engine_that_may_fold_gets_a_scheduler_and_a_worker_of_ours(model: Path) -> None:
+    build_engine(EngineName.VLLM, str(model), [])
+    from workers.engine.vllm_flags import parse_flags
+
+    mine = ["--worker-extension-cls", "tests.support.unpacked_cpu.UnpackedFold"]
+    found = parse_flags(str(model), mine, fold=True)
+    assert found.fold_refusal is None
+    assert found.args.scheduler_cls.endswith(".fold_scheduler")
+    off = parse_flags(str(model), mine)
+    assert (off.args.scheduler_cls, off.fold_refusal) == (None, "folding is off (--fold off)")

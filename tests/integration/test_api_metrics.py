@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
+from api.metrics import LOOK_SECONDS
 from core.labels import OTHER, BoundedLabels
 from db import workers
 from db.database import Database
@@ -62,6 +64,25 @@ async def test_the_queue_and_the_workers(api: Api, bench: Bench, database: Datab
     # nothing of a tenant's: no adapter's name, no tenant's, no host's
     words = {word for key in found for word in key}
     assert not {"a1", "a1@1", "default", "secret-host"} & words
+
+
+async def test_deliveries_owed(api: Api, bench: Bench, database: Database) -> None:
+    found = await scrape(api)
+    assert found["lorry_pending_deliveries", "true"] == 0
+    assert found["lorry_deliveries_oldest_due_seconds",] == 0
+    owe = (
+        "INSERT INTO deliveries (tenant_id, url, line, event_id, type, subject, told, due_at)"
+        " SELECT id, 'http://x.example/', 1, uuidv7(), 'job.succeeded', 'job_1', 'succeeded',"
+        " now() + $1::interval FROM tenants WHERE name = 'default'"
+    )
+    async with database.connection() as connection:
+        for due in (-90, -30, 300):
+            await connection.execute(owe, timedelta(seconds=due))
+    api.services.metrics._looked_at = -LOOK_SECONDS
+    found = await scrape(api)
+    assert found["lorry_pending_deliveries", "true"] == 2
+    assert found["lorry_pending_deliveries", "false"] == 1
+    assert 90 <= found["lorry_deliveries_oldest_due_seconds",] < 150
 
 
 async def test_labels_are_bounded_and_the_rest_is_summed(

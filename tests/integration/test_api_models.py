@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from openai.types import Model
 
-from db import registry
+from db import adapters, registry
 from db.database import Database
 from db.store import Store
 from db.tenants import create_key
@@ -20,7 +20,7 @@ async def api(database: Database, database_url: str, tmp_path: Path) -> AsyncIte
     await registry.declare_base(database, BASE, CONTEXT)
     for tenant, name in (("default", "sql"), ("other", "secret")):
         await create_key(database, tenant)
-        await registry.register_adapter(
+        await adapters.register_ready(
             database,
             Store.open(str(tmp_path / "store")),
             tenant=tenant,

@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from core.ids import new_id
-from db import registry
+from db import adapters, registry
 from db.database import Database
 from db.jobs import get
 from db.store import Store
@@ -36,7 +36,7 @@ LIMIT = 20_000
 @pytest.fixture
 async def api(database: Database, database_url: str, tmp_path: Path) -> AsyncIterator[Api]:
     await registry.declare_base(database, BASE, CONTEXT)
-    await registry.register_adapter(
+    await adapters.register_ready(
         database,
         Store.open(str(tmp_path / "store")),
         tenant="default",
@@ -149,7 +149,8 @@ BAD_BODIES: list[tuple[Any, str]] = [
     ({**CHAT, "tempurature": 1}, "tempurature is not a known field; did you mean"),
     ({**CHAT, "stream": True}, "never streamed"),
     ({**CHAT, "tools": []}, "tools is not supported"),
-    ({**CHAT, "webhook_url": "https://x"}, "until webhooks exist"),
+    ({**CHAT, "webhook_url": "https://10.0.0.1/"}, "10.0.0.1 is forbidden (private)"),
+    ({**CHAT, "webhook_url": "http://example.com/"}, "is not encrypted"),
     ({**PROMPT, "prompt": ["a"]}, "one job for each"),
     ({**CHAT, "user": "\0"}, "NUL"),
     ({**CHAT, "deadline": 1}, "has passed"),

@@ -13,6 +13,7 @@ from db.workers import WorkerFacts
 from tests.support.jobs import BASE, Bench
 from workers.adapter_files import AdapterFiles
 from workers.drain.core import DrainCore
+from workers.drain.neighbours import Neighbours
 from workers.engine.simulated import SimulatedEngine
 from workers.metrics import DrainMetrics
 
@@ -31,11 +32,15 @@ async def drain_core(
     database: Database | None = None,
     partitions: Collection[int] | None = None,
     adapters: Collection[str] | None = None,
+    pinned: Collection[int] = (),
+    preload: Collection[int] = (),
+    neighbours: Neighbours | None = None,
     metrics: DrainMetrics | None = None,
+    fold: bool = False,
 ) -> AsyncIterator[tuple[DrainCore, SimulatedEngine, "asyncio.Task[None]"]]:
     """A running core on a simulated engine; stopped in order at the end unless it has ended."""
     database = database or bench.database
-    engine = SimulatedEngine.from_flags(BASE, ["--served-model-name", BASE, *flags])
+    engine = SimulatedEngine.from_flags(BASE, ["--served-model-name", BASE, *flags], fold=fold)
     await engine.start()
     facts = WorkerFacts(bench.base_model_id, "test", 1, "simulated", "1", {})
     worker_id = await workers.register(database, facts, settings.lease_seconds)
@@ -50,6 +55,9 @@ async def drain_core(
         base_model_id=bench.base_model_id,
         partitions=partitions,
         adapters=adapters,
+        pinned=pinned,
+        preload=preload,
+        neighbours=neighbours,
         metrics=metrics,
     )
     task = asyncio.create_task(core.run())

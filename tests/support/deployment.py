@@ -27,6 +27,8 @@ class Process:
     """One process of Lorry, its log kept in a file."""
 
     def __init__(self, arguments: list[str], settings: dict[str, str], log: Path) -> None:
+        #: worker, api or steward
+        self.name = arguments[0]
         self.mark = uuid4().hex
         self.log_file = log
         with log.open("wb") as file:

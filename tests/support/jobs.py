@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -11,6 +12,7 @@ import orjson
 
 from core.ids import new_id
 from core.priority import place_in_line
+from db import adapters as registered
 from db import jobs, registry
 from db.database import Database
 from db.jobs import NewJob
@@ -36,7 +38,7 @@ async def make_bench(database: Database, folder: Path, adapters: int) -> Bench:
     store = Store.open(str(folder / "store"))
     names = tuple(f"a{i}" for i in range(adapters))
     for name in names:
-        await registry.register_adapter(
+        await registered.register_ready(
             database,
             store,
             tenant="default",
@@ -63,9 +65,15 @@ async def submit(
     *,
     tenant_id: int = DEFAULT_TENANT_ID,
     priority: int = 0,
+    due_seconds: float | None = None,
     **body: Any,
 ) -> list[UUID]:
-    """Queue jobs for a model; the prompt numbers them unless `body` gives one."""
+    """Queue jobs for a model; the prompt numbers them unless `body` gives one.
+
+    Args:
+        due_seconds: a deadline, from now on.
+    """
+    due = None if due_seconds is None else datetime.now(UTC) + timedelta(seconds=due_seconds)
     async with database.connection() as connection:
         target = await registry.resolve(connection, tenant_id, model)
     ids = []
@@ -82,6 +90,7 @@ async def submit(
             priority=priority,
             place=place_in_line(milliseconds, priority),
             tokens=16,
+            deadline=due,
         )
         assert await jobs.submit(database, job, None)
         ids.append(job_id)

@@ -18,6 +18,9 @@ from cli.up.servers import EmbeddedPostgres, EmbeddedValkey, SocketFolder
 
 START_SECONDS = 60.0
 
+#: Plans depend on it, so it is the same on every machine.
+MEMORY_BYTES = 8 * 2**30
+
 
 class _Server:
     """A foreground program that tests start, kill and start again."""
@@ -62,7 +65,7 @@ class PostgresServer(_Server):
         self._embedded = EmbeddedPostgres(folder, SocketFolder(folder / "s"))
 
     def program(self) -> Program:
-        return self._embedded.program()
+        return self._embedded.program(MEMORY_BYTES)
 
     def __enter__(self) -> Self:
         for program, stdin in self._embedded.prepare():

@@ -11,8 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from core.errors import UsageError
 from core.labels import MOST_ADAPTERS, OTHER, BoundedLabels
-from workers.engine.protocol import EngineInfo, EngineLimits
-from workers.metrics import DrainMetrics
+from workers.engine.protocol import EngineInfo, EngineLimits, FoldTimes
+from workers.metrics import DrainMetrics, Waiting
 from workers.metrics_server import registry_of, serve, served
 
 INFO = EngineInfo("simulated", "1", "sim-base", "r", EngineLimits(4096, 4, 8, 16))
@@ -44,48 +44,77 @@ def samples(metrics: DrainMetrics) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_starved_is_work_waiting_with_room_to_compute() -> None:
+NOTHING, FEEDABLE, SLOT = Waiting
+
+
+def test_short_is_starved_where_work_could_be_fed_and_slot_bound_where_it_could_not() -> None:
     clock = Clock()
     metrics = drain_metrics(clock)
-    for running, work_waiting, seconds in (
-        (0, False, 1.0),  # idle
-        (0, True, 2.0),  # starved
-        (3, True, 4.0),  # starved, busy
-        (3, False, 8.0),  # busy: the rest of the work is all there is
-        (4, True, 16.0),  # busy: as much as the engine computes at once
-        (6, True, 32.0),
+    for running, waiting, seconds in (
+        (0, NOTHING, 1.0),  # idle
+        (0, FEEDABLE, 2.0),  # starved
+        (3, FEEDABLE, 4.0),  # starved, busy
+        (3, NOTHING, 8.0),  # busy: the rest of the work is all there is
+        (4, FEEDABLE, 16.0),  # busy: as much as the engine computes at once
+        (6, FEEDABLE, 32.0),
+        (3, SLOT, 64.0),  # slot-bound, busy
+        (4, SLOT, 128.0),
     ):
-        metrics.observe_running(running, work_waiting)
+        metrics.observe_running(running, waiting)
         clock.now += seconds
+    assert metrics.seconds.starved == 2 + 4
+    assert metrics.seconds.slot_bound == 64
+    assert metrics.seconds.busy == 4 + 8 + 16 + 32 + 64 + 128  # up to now, without another event
+    metrics.observe_running(6, NOTHING)
     assert metrics.waiting_in_window == 2
-    assert metrics.starved_seconds == 2 + 4  # up to now, without another event
-    assert metrics.busy_seconds == 4 + 8 + 16 + 32
-    metrics.observe_running(0, False)
-    clock.now += 64
-    found = metrics.snapshot()
-    assert (found["starved_seconds"], found["busy_seconds"]) == (6, 60)
+
+
+def test_a_load_stalls_only_an_engine_that_is_short() -> None:
+    clock = Clock()
+    metrics = drain_metrics(clock)
+    metrics.observe_running(4, FEEDABLE)
+    with metrics.loading():
+        clock.now += 1
+        metrics.observe_running(3, FEEDABLE)
+        clock.now += 2
+        assert metrics.seconds.load_stalled == 2
+    clock.now += 4
+    assert metrics.seconds == (7, 6, 0, 2)
+    with pytest.raises(OSError), metrics.loading():
+        raise OSError
+    assert metrics.snapshot()["loads"] == 1  # what failed is no slot switch
+    assert metrics.snapshot()["load_seconds"] == 3
 
 
 @given(
     st.lists(
-        st.tuples(st.integers(0, 8), st.booleans(), st.floats(0, 1e3, allow_nan=False)),
+        st.tuples(st.integers(0, 8), st.sampled_from(Waiting), st.floats(0, 1e3, allow_nan=False)),
         max_size=40,
     )
 )
-def test_seconds_are_those_of_the_states_observed(events: list[tuple[int, bool, float]]) -> None:
+def test_seconds_are_those_of_the_states_observed(
+    events: list[tuple[int, Waiting, float]],
+) -> None:
     clock = Clock()
     metrics = drain_metrics(clock)
-    for running, work_waiting, seconds in events:
-        metrics.observe_running(running, work_waiting)
+    for running, waiting, seconds in events:
+        metrics.observe_running(running, waiting)
         clock.now += seconds
-    starved = sum(s for running, waiting, s in events if waiting and running < 4)
-    assert metrics.starved_seconds == pytest.approx(starved, abs=1e-6)
+    found = metrics.seconds
+    for state, seconds in ((FEEDABLE, found.starved), (SLOT, found.slot_bound)):
+        short = sum(s for running, waiting, s in events if waiting is state and running < 4)
+        assert seconds == pytest.approx(short, abs=1e-6)
     busy = sum(seconds for running, _, seconds in events if running)
-    assert metrics.busy_seconds == pytest.approx(busy, abs=1e-6)
+    assert found.busy == pytest.approx(busy, abs=1e-6)
 
 
 def test_counts_and_calls_reach_the_snapshot_and_the_text() -> None:
-    metrics = drain_metrics()
+    clock = Clock()
+    metrics = drain_metrics(clock)
+    metrics.pinned = 1
+    metrics.resident = lambda: 3
+    metrics.evictions, metrics.cache_evictions = 9, 2
+    metrics.fetches.observe(0.25)
     metrics.slots_in_use = lambda: 2
     metrics.unrecorded = lambda: 5
     metrics.fed(7, 3)
@@ -94,14 +123,21 @@ def test_counts_and_calls_reach_the_snapshot_and_the_text() -> None:
     metrics.finished(7, "failed")
     metrics.finished(7, "aborted")
     metrics.finished(0, "succeeded", 1, 2)
-    metrics.load(0.05)
+    with metrics.loading():
+        clock.now += 0.5
+    metrics.switched(True, FoldTimes(0.0, 0.25, 0.25))
+    clock.now += 2
+    metrics.folded_tokens += 70
+    metrics.switched(False, FoldTimes(0.25, 0.0, 0.25))
     metrics.claim(0.01, 4)
     metrics.record(0.02, 3)
     metrics.dropped(1)
-    metrics.observe_running(5, work_waiting=False)
+    metrics.observe_running(5, NOTHING)
     assert metrics.snapshot() == {
         "busy_seconds": 0,
         "starved_seconds": 0,
+        "slot_bound_seconds": 0,
+        "load_stalled_seconds": 0,
         "running": 5,
         "waiting_in_window": 1,
         "slots_in_use": 2,
@@ -113,7 +149,13 @@ def test_counts_and_calls_reach_the_snapshot_and_the_text() -> None:
         "prompt_tokens": 11,
         "completion_tokens": 22,
         "loads": 1,
-        "load_seconds": 0.05,
+        "load_seconds": 0.5,
+        "evictions": 9,
+        "cache_evictions": 2,
+        "folds": 1,
+        "folded_seconds": 2.0,
+        "folded_tokens": 70,
+        "fold_pause_seconds": 0.5,
         "claims": 1,
         "claim_seconds": 0.01,
         "records": 1,
@@ -131,6 +173,11 @@ def test_counts_and_calls_reach_the_snapshot_and_the_text() -> None:
     assert found["lorry_claim_seconds_sum",] == 0.01
     assert found["lorry_dropped_results_total",] == 1
     assert found["lorry_slots_in_use",] == 2
+    assert found["lorry_pinned_slots",] == 1
+    assert found["lorry_resident_adapters",] == 3
+    assert found["lorry_adapter_evictions_total",] == 9
+    assert found["lorry_adapter_cache_evictions_total",] == 2
+    assert found["lorry_adapter_fetch_seconds_sum",] == 0.25
     assert found["lorry_max_num_seqs",] == 4
     assert found["lorry_engine_info", "sim-base", "simulated", "1"] == 1
 

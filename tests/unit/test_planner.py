@@ -1,11 +1,26 @@
 """The planner: what goes first, what is held back, and that nobody waits without bound."""
 
+import random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from db.claims import WaitingLine
+from db.claims import COUNT_CAP, WaitingLine
 from db.waiting import Line
-from workers.drain.planner import Shares, SlotView, closing, may_finish, order, turn_seconds
+from workers.drain.planner import (
+    COLD_JOBS,
+    LEAVE_SECONDS,
+    RESIDENT_TOKENS,
+    TURNS_IN_QUANTUM,
+    Shares,
+    SlotView,
+    closing,
+    left_to_others,
+    may_finish,
+    order,
+    turn_seconds,
+    upcoming,
+)
 
 QUANTUM = 10.0
 NO_SLOTS_USED = SlotView({}, frozenset(), 4)
@@ -78,14 +93,97 @@ def test_never_more_than_half_of_the_slots_close() -> None:
 
 
 def test_as_many_turns_as_slots_fit_in_a_quantum() -> None:
-    lines = [waiting(i) for i in range(1, 41)]
-    assert turn_seconds(lines, NO_SLOTS_USED, QUANTUM) == QUANTUM / 4
-    assert turn_seconds(lines[:1], NO_SLOTS_USED, QUANTUM) == QUANTUM
+    many = SlotView({}, frozenset(), 16)
+    assert turn_seconds(many, QUANTUM) == QUANTUM / 16
+    # however few the slots: the base model's lines need none
+    assert turn_seconds(NO_SLOTS_USED, QUANTUM) == QUANTUM / TURNS_IN_QUANTUM
 
 
 def test_a_turn_may_empty_a_line_that_is_nearly_empty() -> None:
     assert may_finish(fed=30, left=60)
     assert not may_finish(fed=30, left=61)
+    # the look counted no further: there may be millions left
+    assert not may_finish(fed=COUNT_CAP, left=COUNT_CAP)
+
+
+def test_a_line_that_needs_no_load_goes_first_unless_its_tenant_had_far_more() -> None:
+    slots = SlotView({}, frozenset({2}), 4)
+    lines = [waiting(1, tenant=1, since=9), waiting(2, tenant=2, since=1)]
+    assert first(lines, slots) == 2
+    assert first(lines, slots, Shares({2: RESIDENT_TOKENS - 1})) == 2
+    assert first(lines, slots, Shares({2: RESIDENT_TOKENS + 1})) == 1
+    overdue = [waiting(1, tenant=1, since=QUANTUM + 1), lines[1]]
+    assert first(overdue, slots) == 1
+
+
+def test_a_pinned_adapter_keeps_its_slot_and_never_closes() -> None:
+    pinned = SlotView({8: 50.0}, frozenset({7, 8}), 2, frozenset({7}))
+    assert pinned.free == 0
+    lines = [waiting(1), waiting(7), waiting(8)]
+    assert {w.line.adapter_version_id for w in order(lines, pinned, Shares(), QUANTUM)} == {7}
+    assert closing(lines, pinned, QUANTUM) == {8}
+    both_held = SlotView({7: 99.0, 8: 50.0}, frozenset({7, 8}), 2, frozenset({7}))
+    assert closing(lines, both_held, QUANTUM) == {8}
+
+
+def test_those_fetched_ahead_are_the_next_that_need_a_load() -> None:
+    slots = SlotView({5: 1.0, 6: 1.0}, frozenset({5, 6, 7}), 3)
+    lines = [waiting(i, since=i) for i in (0, 1, 2, 3, 4, 5, 7)]
+    assert upcoming(lines, slots, Shares(), QUANTUM) == [4, 3]
+    full = SlotView({5: 1.0, 6: 1.0, 7: 1.0}, frozenset({5, 6, 7}), 3)
+    assert upcoming(lines, full, Shares(), QUANTUM) == [4, 3]  # the next when a slot comes free
+    assert upcoming(lines, NO_SLOTS_USED, Shares(), QUANTUM) == [7, 5, 4, 3, 2, 1]
+
+
+def test_a_cold_line_is_left_to_the_worker_that_holds_its_adapter_for_a_moment() -> None:
+    slots = SlotView({}, frozenset({2}), 4)
+
+    def left(line: WaitingLine, *, elsewhere: int = 1, busy: bool = True) -> bool:
+        return line.line in left_to_others([line], slots, {elsewhere}, busy=busy)
+
+    assert left(waiting(1, jobs=1))
+    assert not left(waiting(1, jobs=1), elsewhere=3)
+    assert not left(waiting(1, jobs=1), busy=False)
+    assert not left(waiting(1, jobs=1, since=LEAVE_SECONDS))
+    assert not left(waiting(1, jobs=1, deadline=5))
+    assert not left(waiting(1, jobs=COLD_JOBS))  # a hot one spreads
+    assert not left(waiting(2, jobs=1), elsewhere=2)  # it is here too
+    assert not left(waiting(0, jobs=1), elsewhere=0)
+
+
+def test_preferring_resident_adapters_saves_loads() -> None:
+    with_preference, longest = loads_of_a_trickle(prefer=True)
+    without, longest_without = loads_of_a_trickle(prefer=False)
+    assert with_preference < 0.7 * without
+    assert longest <= longest_without + QUANTUM
+
+
+def loads_of_a_trickle(*, prefer: bool) -> tuple[int, float]:
+    """Twelve adapters of one tenant share four slots and get a job now and then; each chunk takes
+    a moment. Returns the loads and the longest wait."""
+    rng = random.Random(5)
+    jobs, since = dict.fromkeys(range(1, 13), 0), dict.fromkeys(range(1, 13), 0.0)
+    resident: list[int] = []  # least recently used first
+    loads, longest, now = 0, 0.0, 0.0
+    for _ in range(3000):
+        for adapter in rng.choices(range(1, 13), k=2):
+            if not jobs[adapter]:
+                since[adapter] = now
+            jobs[adapter] += 1
+        view = SlotView({}, frozenset(resident) if prefer else frozenset(), 4)
+        lines = [waiting(a, since=now - since[a], jobs=n) for a, n in jobs.items() if n]
+        chosen = order(lines, view, Shares(), QUANTUM)[0]
+        adapter = chosen.line.adapter_version_id
+        longest = max(longest, chosen.since_seconds)
+        if adapter in resident:
+            resident.remove(adapter)
+        else:
+            loads += 1
+            resident = resident[-3:]
+        resident.append(adapter)
+        jobs[adapter] = 0
+        now += 0.5
+    return loads, longest
 
 
 LINES = st.lists(
@@ -101,9 +199,12 @@ LINES = st.lists(
     unique_by=lambda w: w.line,
 )
 SLOTS = st.builds(
-    lambda held, slots: SlotView(dict(list(held.items())[:slots]), frozenset(held), slots),
+    lambda held, slots, pinned: SlotView(
+        dict(list(held.items())[:slots]), frozenset(held), slots, frozenset(list(held)[:pinned])
+    ),
     st.dictionaries(st.integers(1, 30), st.floats(0, 100), max_size=8),
     st.integers(1, 8),
+    st.integers(0, 2),
 )
 
 
@@ -112,7 +213,7 @@ def test_what_may_run_never_needs_a_slot_in_use(lines: list[WaitingLine], slots:
     for chosen in order(lines, slots, Shares(), QUANTUM):
         assert chosen.jobs > 0
         adapter = chosen.line.adapter_version_id
-        assert adapter == 0 or adapter in slots.held_seconds or slots.free > 0
+        assert adapter == 0 or adapter in slots.held_seconds.keys() | slots.pinned or slots.free
 
 
 @given(LINES, SLOTS)
@@ -120,7 +221,7 @@ def test_something_stays_open_unless_there_is_one_slot(
     lines: list[WaitingLine], slots: SlotView
 ) -> None:
     closed = closing(lines, slots, QUANTUM)
-    assert closed <= set(slots.held_seconds)
+    assert closed <= set(slots.held_seconds) - slots.pinned
     if slots.slots > 1 and len(slots.held_seconds) > 1:
         assert len(closed) < len(slots.held_seconds)
 
@@ -142,13 +243,16 @@ def test_no_line_waits_without_bound(
     tokens: dict[int, float] = {}
     busy_until: dict[int, float] = {}
     held_since: dict[int, float] = {}
+    idle: list[int] = []  # resident without unfinished jobs, least recently used first
     now, longest = 0.0, 0.0
     bound = -(-lines // slots) * QUANTUM
     for _ in range(40 * lines):
         for adapter in [a for a, until in busy_until.items() if until <= now]:
             del busy_until[adapter], held_since[adapter]
+            idle.append(adapter)
         held = {a: now - since for a, since in held_since.items()}
-        view = SlotView(held, frozenset(held), slots)
+        idle = [a for a in idle if a not in held][len(held) - slots :] if len(held) < slots else []
+        view = SlotView(held, frozenset([*held, *idle]), slots)
         seen = [
             waiting(a, tenant=1 + a % tenants, since=now - at, jobs=512)
             for a, at in served_at.items()
@@ -159,7 +263,7 @@ def test_no_line_waits_without_bound(
             continue
         line = best[0].line
         longest = max(longest, now - served_at[line.adapter_version_id])
-        now += turn_seconds(seen, view, QUANTUM)
+        now += turn_seconds(view, QUANTUM)
         served_at[line.adapter_version_id] = now
         tokens[line.tenant_id] = tokens.get(line.tenant_id, 0) + 1000
         busy_until[line.adapter_version_id] = now + answer_seconds
