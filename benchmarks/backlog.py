@@ -8,8 +8,9 @@ import orjson
 
 from core.ids import new_id
 from core.priority import place_in_line
+from db import adapters as registered
 from db import registry
-from db.database import Database
+from db.database import Connection, Database
 from db.jobs import NewJob
 from db.registry import Target
 from db.store import Store
@@ -24,21 +25,25 @@ async def register(database: Database, folder: Path, adapters: int) -> list[Targ
     await registry.declare_base(database, BASE, CONTEXT, "bench")
     store = Store.open(str(folder / "store"))
     for number in range(adapters):
-        await registry.register_adapter(
+        await registered.register_ready(
             database,
             store,
             tenant="default",
             base_model=BASE,
             name=f"a{number}",
-            folder=_adapter(folder / "sources" / f"a{number}"),
+            folder=write_adapter(folder / "sources" / f"a{number}"),
         )
     async with database.connection() as connection:
-        return [
-            await registry.resolve(connection, DEFAULT_TENANT_ID, f"a{n}") for n in range(adapters)
-        ]
+        return await targets(connection, adapters)
 
 
-def _adapter(folder: Path) -> Path:
+async def targets(connection: Connection, adapters: int) -> list[Target]:
+    """What was registered."""
+    return [await registry.resolve(connection, DEFAULT_TENANT_ID, f"a{n}") for n in range(adapters)]
+
+
+def write_adapter(folder: Path) -> Path:
+    """A folder that the registry takes for an adapter; its weights are made up."""
     folder.mkdir(parents=True)
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))

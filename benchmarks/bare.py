@@ -14,7 +14,10 @@ _ids = itertools.count()
 
 
 async def bare_run(
-    engine: VllmEngine, work: Sequence[Work], adapter_of: Callable[[int], Any | None]
+    engine: VllmEngine,
+    work: Sequence[Work],
+    adapter_of: Callable[[int], Any | None],
+    in_flight: int | None = None,
 ) -> float:
     """Feed every request at once, straight into vLLM.
 
@@ -22,6 +25,7 @@ async def bare_run(
         engine: a started engine, whose `AsyncLLM` is used as it is.
         work: the requests.
         adapter_of: the `LoRARequest` of request number i, or None.
+        in_flight: how many requests at once, in their order; None is all.
 
     Returns:
         Output tokens per second, from the first request to the last answer.
@@ -32,7 +36,13 @@ async def bare_run(
     assert engine._calls is not None
     llm = engine._calls._llm
 
+    room = asyncio.Semaphore(in_flight or len(work))
+
     async def one(number: int, request: Work) -> int:
+        async with room:
+            return await ask(number, request)
+
+    async def ask(number: int, request: Work) -> int:
         params = SamplingParams(
             temperature=0.8,
             max_tokens=request.output_tokens,

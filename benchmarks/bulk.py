@@ -51,7 +51,7 @@ async def _measure(
                     ours.append(jobs / (time.perf_counter() - started))
                 else:
                     async with database.connection() as connection:
-                        raw.append(jobs / await _copy(connection, batch))
+                        raw.append(jobs / await copy_raw(connection, batch))
     return {
         "jobs": jobs,
         "lorry_rows_s": round(statistics.median(ours)),
@@ -59,7 +59,7 @@ async def _measure(
     }
 
 
-async def _copy(connection: Connection, jobs: Sequence[NewJob]) -> float:
+async def copy_raw(connection: Connection, jobs: Sequence[NewJob]) -> float:
     """Seconds of a COPY of rows that were made before; one transaction, as ours."""
     rows = [
         (

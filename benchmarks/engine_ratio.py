@@ -1,21 +1,28 @@
 """The drain over the bare engine: the same requests, the same engine, the same run, bare first.
 
     python -m benchmarks.engine_ratio ROW…                    (8B-shaped random weights, a GPU)
-    python -m benchmarks.engine_ratio --cpu ROW…              (the demo's model and adapters)
+    python -m benchmarks.engine_ratio --cpu [ROW…]            (the demo's model and adapters)
 
-Rows: none, one, eight, thirtytwo, zipf, barrier; all need 8 slots but zipf, which needs 16.
-`--scale S` multiplies the number of jobs. The jobs of a row stand in a real Postgres before its
-clock starts; the clock runs from the drain's start to the last commit. `barrier` is our own drain
-kept from topping up: each adapter's jobs are fed at once and waited for, one adapter after another.
+Rows: none, one, eight, thirtytwo, zipf, barrier, demo; all need 8 slots but zipf, which needs 16.
+They run in the order given on one engine; name a row again to measure it again. Its bare workload
+runs before it for the first time, and once more wherever `bare-none`, `bare-one` or `bare-eight`
+stands between the rows. `--repeat N` does all of it N times, bare runs too. `--scale S` multiplies
+the number of jobs.
+
+The jobs of a row stand in a real Postgres before its clock starts; the clock runs from the drain's
+start to the last commit. `barrier` is our own drain kept from topping up: each adapter's jobs are
+fed at once and waited for, one adapter after another. Every run is printed at once, the medians
+last; a ratio is that of a row's run to the bare run before it.
 """
 
 import argparse
 import asyncio
 import json
 import random
+import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,10 +32,12 @@ import orjson
 import uvloop
 
 from benchmarks.bare import bare_run, report
+from benchmarks.engine_rows import BARE_AGAIN, ROWS, Row
 from benchmarks.servers import running_servers
 from benchmarks.workload import ENGINE_FLAGS, Work, make_adapters, make_model, requests
 from core.ids import new_id
 from core.settings import Settings
+from db import adapters as registered
 from db import registry, workers
 from db.bulk import submit_many
 from db.database import Database
@@ -41,45 +50,12 @@ from db.workers import WorkerFacts
 from workers.adapter_files import AdapterFiles
 from workers.drain.core import DrainCore
 from workers.engine.vllm_engine import VllmEngine
+from workers.metrics import DrainMetrics
 
+#: What is measured where nothing is named: all but zipf, which needs more slots.
+DEFAULT_ROWS = ("none", "one", "eight", "barrier", "thirtytwo")
 #: The doorbell of a benchmark rings nowhere: the drain looks by itself.
 NO_BROKER = "memory://"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A workload: which adapter each request takes, and which bare run it is compared with.
-
-    Args:
-        jobs: how many.
-        adapter_of: adapter number of request i; −1 is the base model.
-        against: the name of the bare workload.
-    """
-
-    name: str
-    jobs: int
-    adapter_of: Callable[[int], int]
-    against: str
-
-
-def zipf(adapters: int, seed: int = 1) -> Callable[[int], int]:
-    """Adapter numbers by a Zipf law with exponent 1."""
-    weights = [1 / (rank + 1) for rank in range(adapters)]
-    drawn = random.Random(seed).choices(range(adapters), weights, k=100_000)
-    return drawn.__getitem__
-
-
-ROWS = {
-    row.name: row
-    for row in (
-        Row("none", 2000, lambda i: -1, "none"),
-        Row("one", 2000, lambda i: 0, "one"),
-        Row("eight", 2000, lambda i: i % 8, "eight"),
-        Row("thirtytwo", 2560, lambda i: i % 32, "one"),
-        Row("zipf", 4096, zipf(256), "one"),
-        Row("barrier", 2000, lambda i: i % 8, "eight"),
-    )
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,23 +102,37 @@ async def run(options: argparse.Namespace, database_url: str) -> None:
 
 
 async def measure(bench: Bench, options: argparse.Namespace) -> None:
-    """Every bare workload once, then every row; prints a line for each, the ratios last."""
-    rows = [ROWS[name] for name in options.rows]
-    bare: dict[str, float] = {}
+    """The rows in order, each behind its bare run; a line for every run, the medians last."""
     await run_bare(bench, ROWS["eight"], requests_for(options, 200, seed=9))
-    for name in dict.fromkeys(row.against for row in rows):
-        row = ROWS[name]
-        jobs = max(r.jobs for r in rows if r.against == name)
-        bare[name] = await run_bare(bench, row, requests_for(options, jobs))
-        report(name=f"bare {name}", jobs=int(jobs * options.scale), out_tok_s=round(bare[name]))
+    rates: dict[str, list[float]] = {}
     ratios: dict[str, list[float]] = {}
-    for repeat in range(options.repeat):
-        for row in rows:
+    for _ in range(options.repeat):
+        bare: dict[tuple[str, int], float] = {}
+        for name in options.rows:
+            if name in BARE_AGAIN:
+                bare = {key: rate for key, rate in bare.items() if key[0] != BARE_AGAIN[name]}
+                continue
+            row = ROWS[name]
+            if (row.against, row.jobs) not in bare:
+                work = requests_for(options, row.jobs)
+                rate = await run_bare(bench, ROWS[row.against], work)
+                bare[row.against, row.jobs] = rate
+                report(name=f"bare {row.against}", jobs=len(work), out_tok_s=round(rate))
             rate, facts = await run_drain(bench, row, requests_for(options, row.jobs))
-            ratio = round(rate / bare[row.against], 3)
-            ratios.setdefault(row.name, []).append(ratio)
-            report(name=row.name, run=repeat, out_tok_s=round(rate), ratio=ratio, **facts)
-    print("drain / bare:", json.dumps(ratios), flush=True)
+            rates.setdefault(name, []).append(rate)
+            ratios.setdefault(name, []).append(rate / bare[row.against, row.jobs])
+            report(name=name, out_tok_s=round(rate), ratio=round(ratios[name][-1], 3), **facts)
+    summarise(rates, ratios)
+
+
+def summarise(rates: Mapping[str, Sequence[float]], ratios: Mapping[str, Sequence[float]]) -> None:
+    """The medians, and what the barrier costs where it was measured."""
+    for name, found in ratios.items():
+        runs = [round(ratio, 3) for ratio in found]
+        report(name=f"{name} / bare", median=round(statistics.median(found), 3), runs=runs)
+    if "barrier" in rates and "eight" in rates:
+        times = statistics.median(rates["eight"]) / statistics.median(rates["barrier"])
+        report(name="eight / barrier", ratio=round(times, 2))
 
 
 def requests_for(options: argparse.Namespace, jobs: int, seed: int = 1) -> list[Work]:
@@ -179,6 +169,7 @@ async def run_drain(bench: Bench, row: Row, work: Sequence[Work]) -> tuple[float
     facts = WorkerFacts(bench.base_model_id, "bench", 1, "vllm", "", {})
     worker_id = await workers.register(bench.database, facts, settings.lease_seconds)
     doorbell = Doorbell(NO_BROKER)
+    metrics = DrainMetrics()
     core = DrainCore(
         database=bench.database,
         engine=bench.engine,
@@ -187,18 +178,18 @@ async def run_drain(bench: Bench, row: Row, work: Sequence[Work]) -> tuple[float
         settings=settings,
         worker_id=worker_id,
         base_model_id=bench.base_model_id,
+        metrics=metrics,
     )
     if row.name == "barrier":
         with_barrier(core)
-    starved = Starvation(core, len(work))
     started = time.perf_counter()
     task = asyncio.create_task(core.run())
     while core.recorder.recorded < len(work):
-        starved.sample()
         await asyncio.sleep(0.01)
         if task.done():
             task.result()
     seconds = time.perf_counter() - started
+    spent = metrics.seconds
     core.stop()
     await task
     doorbell.close()
@@ -211,31 +202,14 @@ async def run_drain(bench: Bench, row: Row, work: Sequence[Work]) -> tuple[float
         "s": round(seconds, 1),
         "loads": core.slots.loads,
         "load_s": round(core.slots.load_seconds, 2),
-        "starved": round(starved.share, 4),
+        # shares of the run with fewer than max_num_seqs jobs in the engine: with work to feed it;
+        # with none but such as lacked a slot; while an adapter was loaded
+        "starved": round(spent.starved / seconds, 4),
+        "slot_bound": round(spent.slot_bound / seconds, 4),
+        "load_stalled": round(spent.load_stalled / seconds, 4),
         "states": json.loads(states),
     }
     return sum(request.output_tokens for request in work) / seconds, cost
-
-
-class Starvation:
-    """The share of time with work waiting in Postgres and too few sequences in the engine."""
-
-    def __init__(self, core: DrainCore, jobs: int) -> None:
-        self._core = core
-        self._jobs = jobs
-        self._starved = self._total = 0
-
-    def sample(self) -> None:
-        """Look once, 100 times a second."""
-        running = self._core.feeder.running
-        done = self._core.recorder.recorded + self._core.recorder.unrecorded
-        waiting = self._jobs - done - running
-        self._total += 1
-        self._starved += waiting > 0 and running < min(self._core.feeder.enough, waiting + running)
-
-    @property
-    def share(self) -> float:
-        return self._starved / max(1, self._total)
 
 
 async def queue(bench: Bench, row: Row, work: Sequence[Work]) -> None:
@@ -275,7 +249,7 @@ async def queue(bench: Bench, row: Row, work: Sequence[Work]) -> None:
 
 async def register(bench: Bench, which: int) -> None:
     """Make adapter number `which` known. Versions of equal files share an address, not an id."""
-    await registry.register_adapter(
+    await registered.register_ready(
         bench.database,
         bench.store,
         tenant="default",
@@ -298,7 +272,7 @@ def with_barrier(core: DrainCore) -> None:
     class Barrier(feeder):  # type: ignore[valid-type, misc]
         @property
         def free(self) -> int:
-            return self.window if self.running == 0 else 0
+            return self.window.size if self.running == 0 else 0
 
     core.feeder.__class__ = Barrier
 
@@ -320,17 +294,22 @@ def on_cpu() -> tuple[list[str], Path, list[Path]]:
     model = ensure_base(Settings().cache_folder(), lambda text: print(text, file=sys.stderr))
     adapters = Path(cli.demo.__file__).parent / "adapters"
     flags = ["--max-model-len", "1024", "--max-num-seqs", "32", "--max-lora-rank", "8"]
+    flags += ["--no-enable-prefix-caching"]
     return flags, model, [adapters / name for name in ("sql", "pirate", "json")]
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="+", choices=list(ROWS))
+    parser.add_argument("rows", nargs="*", metavar="ROW")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--folder", default="/tmp/lorry-bench")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.rows = options.rows or (["demo"] if options.cpu else list(DEFAULT_ROWS))
+    if unknown := set(options.rows) - ROWS.keys() - BARE_AGAIN.keys():
+        parser.error(f"unknown row {', '.join(sorted(unknown))}")
+    return options
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """The whole stack on a GPU beside the bare engine in the same run.
 
-    python -m benchmarks.full_stack [JOBS] [FOLDER]
+    python -m benchmarks.full_stack [JOBS] [--bare TOKENS_PER_SECOND]
 
-8B-shaped random weights, 8 random rank-16 adapters in 8 slots, jobs interleaved over the adapters.
-First the bare `AsyncLLM` with every prompt upfront; then, after it is closed, `lorry up` with the
-same engine flags: every job is posted over REST and polled back. The clock of the stack runs from
-the first POST to the last answer read.
+8B-shaped random weights, 8 random rank-16 adapters in 8 slots, jobs interleaved over the adapters:
+with 2,000 jobs, which is the default, the row `eight` of benchmarks/engine_ratio.py. First the bare
+`AsyncLLM` with every prompt upfront; then, after it is closed, `lorry up` with the same engine
+flags: every job is posted over REST and polled back, through API, Celery and worker. The clock of
+the stack runs from the first POST to the last answer read. `--bare` takes the bare engine's figure
+from `engine_ratio eight` instead, measured just before on the same machine.
 """
 
+import argparse
 import asyncio
 import json
 import subprocess
@@ -27,24 +30,30 @@ CLIENTS = 64
 
 
 def main() -> None:
-    jobs = int(sys.argv[1]) if len(sys.argv) > 1 else 500
-    folder = Path(sys.argv[2] if len(sys.argv) > 2 else "/tmp/lorry-bench")
-    if sys.argv[3:] == ["bare"]:
-        asyncio.run(bare(jobs, folder))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("jobs", type=int, nargs="?", default=2000)
+    parser.add_argument("--bare", type=float)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/lorry-bench"))
+    parser.add_argument("--only-bare", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only_bare:
+        asyncio.run(bare(options.jobs, options.folder))
         return
-    make_model(folder / "model")
-    make_adapters(folder / "adapters", ADAPTERS)
-    # in a process of its own, so that the GPU is free again
+    make_model(options.folder / "model")
+    make_adapters(options.folder / "adapters", ADAPTERS)
+    bare_rate = options.bare or bare_in_a_process_of_its_own(options.jobs, options.folder)
+    rate = stack(options.jobs, options.folder)
+    print(f"full stack / bare engine: {rate / bare_rate:.3f}")
+
+
+def bare_in_a_process_of_its_own(jobs: int, folder: Path) -> float:
+    """The bare engine's tokens per second; its GPU memory is free again afterwards."""
+    command = [sys.executable, "-m", "benchmarks.full_stack", str(jobs), "--only-bare"]
     output = subprocess.run(
-        [sys.executable, "-m", "benchmarks.full_stack", str(jobs), str(folder), "bare"],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
+        [*command, "--folder", str(folder)], check=True, stdout=subprocess.PIPE, text=True
     ).stdout
     print(output, end="", flush=True)
-    bare_rate = json.loads(output.splitlines()[-1])["out_tok_s"]
-    rate = stack(jobs, folder)
-    print(f"full stack / bare engine: {rate / bare_rate:.3f}")
+    return float(json.loads(output.splitlines()[-1])["out_tok_s"])
 
 
 async def bare(jobs: int, folder: Path) -> None:
@@ -79,7 +88,8 @@ def stack(jobs: int, folder: Path) -> float:
         asyncio.run(submit_all(base_url, requests(200, seed=9)))
         seconds, post_s, tokens, states = asyncio.run(submit_all(base_url, requests(jobs)))
     figures = {"jobs": jobs, "states": states, "start_s": start_s, "post_s": round(post_s, 2)}
-    print(json.dumps({"name": "full stack", **figures, "out_tok_s": round(tokens / seconds)}))
+    figures["out_tok_s"] = round(tokens / seconds)
+    print(json.dumps({"name": "full stack", "s": round(seconds, 1), **figures}), flush=True)
     if states != {"succeeded": jobs}:
         raise SystemExit("not every job succeeded")
     return tokens / seconds

@@ -25,7 +25,7 @@ from db.workers import WorkerFacts
 from workers.adapter_files import AdapterFiles
 from workers.drain.core import DrainCore
 from workers.engine.simulated import SimulatedEngine
-from workers.main import POOL_SIZE
+from workers.main import POOL_SIZE, calm_collector
 
 #: What the engine takes at once: so large that the queue is what limits.
 RUNNING = 4096
@@ -47,6 +47,7 @@ async def drain(database_url: str, broker_url: str, folder: Path) -> None:
         ["--sim-noop", "--served-model-name", BASE, *flags],
     )
     await engine.start()
+    calm_collector()
     doorbell = Doorbell(broker_url)
     async with Database.connect(database_url, max_size=POOL_SIZE) as database:
         base_model_id = await registry.declare_base(database, BASE, CONTEXT, "bench")

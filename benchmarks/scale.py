@@ -1,7 +1,7 @@
 """Whether claims and looks slow down as the backlog grows: 100,000 jobs beside 10 million.
 
     python -m benchmarks.scale [--jobs 10000000] [--adapters 10000] [--repeat 90]
-                               [--together 1] [--shared-buffers 128MB]
+                               [--together 1] [--shared-buffers 128MB]    (else as `lorry up`)
 
 Two databases on one server, the small backlog always 100,000 jobs over 100 adapters. So many jobs
 of one adapter stand together on disk: 1 is the worst case, where each job of a claim is on pages of
@@ -88,9 +88,11 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=10_000)
     parser.add_argument("--repeat", type=int, default=90)
     parser.add_argument("--together", type=int, default=1)
-    parser.add_argument("--shared-buffers", default="128MB", help="Postgres's own default: 128MB")
+    parser.add_argument("--shared-buffers", help="as `lorry up` has it; Postgres's own: 128MB")
     options = parser.parse_args()
-    with running_servers((*FLAGS, "-c", f"shared_buffers={options.shared_buffers}")) as servers:
+    given = options.shared_buffers
+    buffers = () if given is None else ("-c", f"shared_buffers={given}")
+    with running_servers((*FLAGS, *buffers)) as servers:
         sizes = (options.jobs, options.adapters)
         asyncio.run(compare(servers, *sizes, options.together, options.repeat))
 
