@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock
 from typing import Annotated, Any, Final
 
 import typer
@@ -88,6 +89,7 @@ class _Receiver:
         self._webhooks = [Webhook(secret) for secret in secrets]
         self._status = status
         self._as_json = as_json
+        self._printing = Lock()
 
     def take(self, headers: dict[str, str], body: bytes) -> int:
         """Verify and print; returns the status to answer."""
@@ -106,8 +108,13 @@ class _Receiver:
             mark = "verified" if problem is None else f"NOT VERIFIED ({problem})"
             line = f"{event.get('type')} {data.get('id')} {said} {event.get('id')} {mark}"
         # anyone may post to this port: nothing of it may steer the terminal
-        print("".join(c if c.isprintable() else "?" for c in line), flush=True)
+        self._say("".join(c if c.isprintable() else "?" for c in line))
         return self._status if problem is None else 400
+
+    def _say(self, line: str) -> None:
+        # deliveries come on threads of their own, and print() writes its newline by itself
+        with self._printing:
+            print(line, flush=True)
 
     def _problem(self, headers: dict[str, str], body: bytes) -> str | None:
         problem = None

@@ -28,7 +28,9 @@ class Listener:
         self.url = self.err.read_text().split()[-1]
 
     def events(self) -> list[dict[str, Any]]:
-        return [json.loads(text) for text in self.out.read_text().splitlines()]
+        # a line may be read while it is being written
+        whole = [text for text in self.out.read_text().splitlines(True) if text.endswith("\n")]
+        return [json.loads(text) for text in whole]
 
     def got(self, count: int) -> list[dict[str, Any]]:
         until(lambda: len(self.events()) >= count, 60, f"{count} events: {self.err.read_text()}")
