@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from core.settings import Settings
@@ -53,17 +54,20 @@ async def test_a_worker_frozen_in_a_transaction_holds_nobody_up(
     victim = Victim(BASE, flags, settings, tmp_path / "victim.log", blow)
     process = start_victim(victim)
     try:
+        assert process.pid is not None
+        worker = psutil.Process(process.pid)
 
         async def frozen() -> bool:
-            return await _is_held(database)
+            return bool(worker.status() == psutil.STATUS_STOPPED)
 
-        await eventually(frozen, "a worker frozen with its line's row held")
+        # by its state: a look at the row takes the row's lock, and a worker skips a locked row
+        await eventually(frozen, "a worker frozen", 60)
+        assert await _is_held(database)
         async with running_steward(database, broker_url, STEWARD):
             await submit(database, "a0", 5)  # or a statement of it runs out of time
             async with drain_core(bench, tmp_path / "cache", broker_url, settings=HEIR):
                 await settled(database, 10, succeeded=10)
         written = await answers(database)
-        assert process.pid is not None
         os.kill(process.pid, signal.SIGCONT)
 
         async def ended() -> bool:
