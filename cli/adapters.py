@@ -7,6 +7,7 @@ import typer
 
 from cli.output import AsJson, show_json, show_rows
 from cli.output import error as tell
+from cli.paths import segment
 
 if TYPE_CHECKING:
     from cli.client import Client
@@ -101,7 +102,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
     from cli.client import Client
 
     with Client.from_environment() as client:
-        adapter = client.get(f"/v1/adapters/{name}")
+        adapter = client.get(f"/v1/adapters/{segment(name)}")
     if as_json:
         show_json(adapter)
         return
@@ -135,7 +136,7 @@ def versions(name: Name, as_json: AsJson = False) -> None:
     from cli.client import Client
 
     with Client.from_environment() as client:
-        rows = _all(client, f"/v1/adapters/{name}/versions")
+        rows = _all(client, f"/v1/adapters/{segment(name)}/versions")
     if as_json:
         show_json(rows)
         return
@@ -162,7 +163,7 @@ def rollback(
     from cli.client import Client
 
     with Client.from_environment() as client:
-        adapter = client.post(f"/v1/adapters/{name}/rollback", {"version": version})
+        adapter = client.post(f"/v1/adapters/{segment(name)}/rollback", {"version": version})
     if as_json:
         show_json(adapter)
     else:
@@ -181,7 +182,7 @@ def remove(
     from cli.client import Client
 
     with Client.from_environment() as client:
-        removed = client.delete(f"/v1/adapters/{name}", drain="true" if drain else None)
+        removed = client.delete(f"/v1/adapters/{segment(name)}", drain="true" if drain else None)
     if as_json:
         show_json(removed)
     elif removed["jobs"]:

@@ -9,6 +9,7 @@ from uuid import uuid4
 import typer
 
 from cli.output import AsJson, show_json, show_rows
+from cli.paths import segment
 from core.batch_status import BatchStatus
 from core.errors import UsageError
 
@@ -90,7 +91,7 @@ def attach(batch_id: BatchId, output: Output = None, as_json: AsJson = False) ->
 
     _check_output(output)
     with Client.from_environment() as client:
-        _follow(client, client.get(f"/v1/batches/{batch_id}"), output, as_json)
+        _follow(client, client.get(f"/v1/batches/{segment(batch_id)}"), output, as_json)
 
 
 @app.command("list")
@@ -120,7 +121,7 @@ def show(batch_id: BatchId, as_json: AsJson = False) -> None:
     from cli.client import Client
 
     with Client.from_environment() as client:
-        batch = client.get(f"/v1/batches/{batch_id}")
+        batch = client.get(f"/v1/batches/{segment(batch_id)}")
     if as_json:
         show_json(batch)
         return
@@ -140,7 +141,7 @@ def cancel(batch_id: BatchId, as_json: AsJson = False) -> None:
     from cli.client import Client
 
     with Client.from_environment() as client:
-        batch = client.post(f"/v1/batches/{batch_id}/cancel", {})
+        batch = client.post(f"/v1/batches/{segment(batch_id)}/cancel", {})
     show_json(batch) if as_json else print(batch["status"])
 
 
@@ -153,7 +154,7 @@ def results(
     from cli.client import Client
 
     with Client.from_environment() as client:
-        for line in client.lines(f"/v1/batches/{batch_id}/results", after=after):
+        for line in client.lines(f"/v1/batches/{segment(batch_id)}/results", after=after):
             print(line)
 
 

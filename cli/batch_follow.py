@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from cli.client import Client, Unreachable
+from cli.paths import segment
 from core.batch_status import BatchStatus
 
 #: Pause between looks.
@@ -51,7 +52,7 @@ def until_final(client: Client, batch: dict[str, Any]) -> dict[str, Any]:
             if BatchStatus(batch["status"]).is_final:
                 return batch
             time.sleep(LOOK_SECONDS)
-            batch = patiently(lambda: client.get(f"/v1/batches/{batch_id}"))
+            batch = patiently(lambda: client.get(f"/v1/batches/{segment(batch_id)}"))
 
 
 def facts(batch: dict[str, Any], tokens_per_second: float, now: float) -> str:

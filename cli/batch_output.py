@@ -10,6 +10,7 @@ from typing import IO, Any
 from cli.batch_inputs import in_input_order
 from cli.client import Client, Refused
 from cli.jobs import answers
+from cli.paths import segment
 
 
 def write_answers(client: Client, batch: dict[str, Any], target: Path) -> None:
@@ -38,14 +39,14 @@ def _in_order(client: Client, batch: dict[str, Any]) -> Iterator[dict[str, Any]]
 
 
 def _documents(client: Client, file_id: str) -> Iterator[dict[str, Any]]:
-    for line in client.lines(f"/v1/files/{file_id}/content"):
+    for line in client.lines(f"/v1/files/{segment(file_id)}/content"):
         yield json.loads(line)
 
 
 def _custom_ids(client: Client, file_id: str) -> Iterator[str | None]:
     """Of the input, line by line; nothing where it was deleted meanwhile."""
     try:
-        for line in client.lines(f"/v1/files/{file_id}/content"):
+        for line in client.lines(f"/v1/files/{segment(file_id)}/content"):
             try:
                 yield json.loads(line)["custom_id"]
             except (ValueError, KeyError, TypeError):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cli.output import AsJson, show_json, show_rows
+from cli.paths import segment
 from core.states import JobState
 
 if TYPE_CHECKING:
@@ -71,11 +72,11 @@ def get(
     from cli.client import Client
 
     with Client.from_environment() as client:
-        job = client.get(f"/v1/jobs/{job_id}")
+        job = client.get(f"/v1/jobs/{segment(job_id)}")
         if wait:
             job = _until_final(client, job)
         several = not as_json and job["attempts"] > 1
-        earlier = client.get(f"/v1/jobs/{job_id}/attempts", limit=100) if several else None
+        earlier = client.get(f"/v1/jobs/{segment(job_id)}/attempts", limit=100) if several else None
     if as_json:
         show_json(job)
     else:
@@ -96,7 +97,7 @@ def attempts(
     from cli.client import Client
 
     with Client.from_environment() as client:
-        page = client.get(f"/v1/jobs/{job_id}/attempts", limit=limit, after=after)
+        page = client.get(f"/v1/jobs/{segment(job_id)}/attempts", limit=limit, after=after)
     if as_json:
         show_json(page)
     else:
@@ -132,7 +133,7 @@ def cancel(job_id: JobId, as_json: AsJson = False) -> None:
     from cli.client import Client
 
     with Client.from_environment() as client:
-        job = client.post(f"/v1/jobs/{job_id}/cancel", {})
+        job = client.post(f"/v1/jobs/{segment(job_id)}/cancel", {})
     if as_json:
         show_json(job)
     else:

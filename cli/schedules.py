@@ -6,6 +6,7 @@ import typer
 
 from cli import schedule_options as options
 from cli.output import AsJson, show_json, show_rows
+from cli.paths import segment
 
 app = typer.Typer(help="Make batches every night, or every so often; list, change, pause them.")
 
@@ -102,7 +103,7 @@ def change(
 
     with Client.from_environment() as client:
         body = dict.fromkeys(reset or []) | given.body() | given.input(client)
-        changed = client.patch(f"/v1/schedules/{schedule}", body)
+        changed = client.patch(f"/v1/schedules/{segment(schedule)}", body)
     _show(changed, as_json)
 
 
@@ -134,7 +135,7 @@ def show(schedule: Ref, as_json: AsJson = False) -> None:
     from cli.client import Client
 
     with Client.from_environment() as client:
-        found = client.get(f"/v1/schedules/{schedule}")
+        found = client.get(f"/v1/schedules/{segment(schedule)}")
     if as_json:
         show_json(found)
         return
@@ -160,7 +161,7 @@ def delete(schedule: Ref, as_json: AsJson = False) -> None:
     from cli.client import Client
 
     with Client.from_environment() as client:
-        gone = client.delete(f"/v1/schedules/{schedule}")
+        gone = client.delete(f"/v1/schedules/{segment(schedule)}")
     show_json(gone) if as_json else print(f"deleted {gone['id']}")
 
 
@@ -175,7 +176,7 @@ def runs(
     from cli.client import Client
 
     with Client.from_environment() as client:
-        page = client.get(f"/v1/schedules/{schedule}/runs", limit=limit, after=after)
+        page = client.get(f"/v1/schedules/{segment(schedule)}/runs", limit=limit, after=after)
     if as_json:
         show_json(page)
         return
@@ -218,7 +219,7 @@ def preview(
         if schedule is None:
             found = client.post("/v1/schedules/preview", given.body(), count=count)
         else:
-            found = client.get(f"/v1/schedules/{schedule}/preview", count=count)
+            found = client.get(f"/v1/schedules/{segment(schedule)}/preview", count=count)
     if as_json:
         show_json(found)
     else:
@@ -229,7 +230,7 @@ def _act(schedule: str, what: str, as_json: bool) -> None:
     from cli.client import Client
 
     with Client.from_environment() as client:
-        done = client.post(f"/v1/schedules/{schedule}/{what}", {})
+        done = client.post(f"/v1/schedules/{segment(schedule)}/{what}", {})
     if as_json:
         show_json(done)
     elif done["object"] == "schedule":

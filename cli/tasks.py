@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from cli.output import AsJson, show_json, show_rows
+from cli.paths import segment
 
 app = typer.Typer(help="Route tasks to adapters, versions or base models.")
 
@@ -21,7 +22,7 @@ def set_(
     from cli.client import Client
 
     with Client.from_environment() as client:
-        task = client.put(f"/v1/tasks/{name}", {"model": model})
+        task = client.put(f"/v1/tasks/{segment(name)}", {"model": model})
     if as_json:
         show_json(task)
     else:
@@ -51,7 +52,7 @@ def remove(name: Name, as_json: AsJson = False) -> None:
     from cli.client import Client
 
     with Client.from_environment() as client:
-        client.delete(f"/v1/tasks/{name}")
+        client.delete(f"/v1/tasks/{segment(name)}")
     if as_json:
         show_json({"removed": f"task:{name}"})
     else:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.output import AsJson, show_json, show_rows
+from cli.paths import segment
 from core.errors import LorryError, UsageError
 from core.webhook_events import EventType
 
@@ -84,7 +85,7 @@ def update(
     if not changes:
         raise UsageError("give what is to be changed: --url, --events, --disable or --enable")
     with Client.from_environment() as client:
-        changed = client.patch(f"/v1/webhooks/{webhook}", changes)
+        changed = client.patch(f"/v1/webhooks/{segment(webhook)}", changes)
     if as_json:
         show_json(changed)
     else:
@@ -99,7 +100,7 @@ def delete(webhook: Id, as_json: AsJson = False) -> None:
     from cli.client import Client
 
     with Client.from_environment() as client:
-        client.delete(f"/v1/webhooks/{webhook}")
+        client.delete(f"/v1/webhooks/{segment(webhook)}")
     if as_json:
         show_json({"deleted": webhook})
     else:
@@ -112,7 +113,7 @@ def rotate(webhook: Id, as_json: AsJson = False) -> None:
     from cli.client import Client
 
     with Client.from_environment() as client:
-        found = client.post(f"/v1/webhooks/{webhook}/rotate", {})
+        found = client.post(f"/v1/webhooks/{segment(webhook)}/rotate", {})
     if as_json:
         show_json(found)
     else:
@@ -149,7 +150,7 @@ def test(webhook: Id, as_json: AsJson = False) -> None:
     from cli.client import Client
 
     with Client.from_environment() as client:
-        delivery = client.post(f"/v1/webhooks/{webhook}/test", {})
+        delivery = client.post(f"/v1/webhooks/{segment(webhook)}/test", {})
         for _ in range(50):
             if delivery["attempts"] or delivery["state"] != "pending":
                 break
@@ -170,7 +171,7 @@ def deliveries(
     """List deliveries, newest first."""
     from cli.client import Client
 
-    path = "/v1/deliveries" if webhook is None else f"/v1/webhooks/{webhook}/deliveries"
+    path = "/v1/deliveries" if webhook is None else f"/v1/webhooks/{segment(webhook)}/deliveries"
     with Client.from_environment() as client:
         page = client.get(path, state=state, subject=subject, limit=limit, after=after)
     rows = [{**each, **_latest(each)} for each in page["data"]]
@@ -188,7 +189,7 @@ def delivery(
     from cli.client import Client
 
     with Client.from_environment() as client:
-        found = client.get(f"/v1/deliveries/{delivery_id}")
+        found = client.get(f"/v1/deliveries/{segment(delivery_id)}")
     _show_delivery(found, as_json=as_json)
 
 
@@ -211,11 +212,11 @@ def replay(
         raise UsageError("give the id of one delivery, or --since for all that failed")
     if delivery_id is not None:
         with Client.from_environment() as client:
-            found = client.post(f"/v1/deliveries/{delivery_id}/replay", {})
+            found = client.post(f"/v1/deliveries/{segment(delivery_id)}/replay", {})
         _show_delivery(found, as_json=as_json)
         return
     assert since is not None
-    path = "/v1/deliveries/replay" if webhook is None else f"/v1/webhooks/{webhook}/replay"
+    path = "/v1/deliveries/replay" if webhook is None else f"/v1/webhooks/{segment(webhook)}/replay"
     with Client.from_environment() as client:
         answer = client.post(path, {"since": moment(since)})
     if as_json:

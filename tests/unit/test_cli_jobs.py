@@ -28,7 +28,7 @@ def _api(*replies: tuple[int, dict[str, Any]]) -> Iterator[tuple[str, list[Any]]
             self.end_headers()
             self.wfile.write(json.dumps(document).encode())
 
-        do_POST = do_GET  # noqa: N815  the name is the base class's
+        do_POST = do_DELETE = do_GET  # noqa: N815  the names are the base class's
 
         def log_message(self, *_: object) -> None:
             pass
@@ -120,3 +120,30 @@ def test_a_table_in_a_pipe_is_not_cut(capsys: pytest.CaptureFixture[str]) -> Non
 def test_texts_of_both_kinds_of_response() -> None:
     assert jobs.answers({"response": {"choices": [{"text": "a"}, {"text": "b"}]}}) == ["a", "b"]
     assert jobs.answers({"response": None}) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "asked_for"),
+    [
+        (["adapters", "remove"], "DELETE /v1/adapters/{}"),
+        (["adapters", "versions"], "GET /v1/adapters/{}/versions"),
+        (["batch", "cancel"], "POST /v1/batches/{}/cancel"),
+        (["jobs", "get"], "GET /v1/jobs/{}"),
+        (["schedules", "show"], "GET /v1/schedules/{}"),
+        (["tasks", "remove"], "DELETE /v1/tasks/{}"),
+        (["webhooks", "delete"], "DELETE /v1/webhooks/{}"),
+    ],
+)
+def test_a_name_stays_a_name(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+    asked_for: str,
+) -> None:
+    """Removing `sql?drain=true` must not remove `sql` and drain it."""
+    with _api((404, {"detail": "there is none"})) as (url, asked):
+        monkeypatch.setenv("LORRY_URL", url)
+        fails(capsys, *command, "../a b/c?drain=true#d", code=main.FAILED)
+    (method, path, *_), *more = asked
+    assert f"{method} {path.partition('?')[0]}" == asked_for.format("..%2Fa%20b%2Fc%3Fdrain%3Dtrue%23d")
+    assert not more
