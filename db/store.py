@@ -60,11 +60,13 @@ class Store:
     def put(self, folder: Path) -> StoredAdapter:
         """Copy an adapter's files in; the same content is there only once.
 
+        What is there already is read through: files damaged since then are written again.
+
         Raises:
             AdapterInvalid: the folder is missing, or lacks a file that an adapter needs.
         """
         manifest, stored = _address(folder)
-        if not self.has(stored.sha256):
+        if not self._is_whole(stored.sha256, manifest):
             for path in adapter_files(folder):
                 with (
                     path.open("rb") as source,
@@ -109,11 +111,29 @@ class Store:
 
     def delete(self, sha256: str) -> None:
         """Remove an adapter, its manifest first; nothing happens where there is none."""
-        while (place := self._place(sha256)) is not None:
-            names = self._manifest(place)
-            self._blobs.delete(f"{place}/{_MANIFEST}")
-            for name in names:
-                self._blobs.delete(f"{place}/{name}")
+        for prefix in _PREFIXES:
+            # every name that there can be: no damage or deletion cut short may keep files
+            for name in (_MANIFEST, *ADAPTER_FILES):
+                self._blobs.delete(f"{prefix}{sha256}/{name}")
+
+    def _is_whole(self, sha256: str, manifest: dict[str, str]) -> bool:
+        """Whether an adapter is there, byte for byte."""
+        place = self._place(sha256)
+        try:
+            return (
+                place is not None
+                and self._manifest(place) == manifest
+                and all(self._sha256(f"{place}/{name}") == manifest[name] for name in manifest)
+            )
+        except (AdapterInvalid, FileNotFoundError):
+            return False
+
+    def _sha256(self, key: str) -> str:
+        with self._blobs.read(key) as source:
+            digest = hashlib.sha256()
+            while chunk := source.read(CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
 
     def _place(self, sha256: str) -> str | None:
         places = (f"{prefix}{sha256}" for prefix in _PREFIXES)

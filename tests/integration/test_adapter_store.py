@@ -62,6 +62,29 @@ def test_changed_bytes_are_never_loaded(local: Store, tmp_path: Path) -> None:
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.parametrize("damage", ["changed", "gone", "manifest"])
+def test_a_damaged_adapter_is_mended_by_adding_it_again_and_can_be_deleted(
+    local: Store, tmp_path: Path, damage: str
+) -> None:
+    source = fake_adapter(tmp_path / "sql")
+    stored = local.put(source)
+    place = tmp_path / "store" / "adapters" / stored.sha256
+
+    def spoil() -> None:
+        if damage == "gone":
+            (place / "adapter_config.json").unlink()
+        else:
+            name = "manifest.json" if damage == "manifest" else "adapter_model.safetensors"
+            (place / name).write_bytes(b"!")
+
+    spoil()
+    assert local.put(source) == stored
+    local.fetch(stored.sha256, tmp_path / "cache")
+    spoil()
+    local.delete(stored.sha256)
+    assert not place.exists()
+
+
 def test_an_adapter_that_an_older_release_stored_is_still_read(
     local: Store, tmp_path: Path
 ) -> None:
