@@ -151,14 +151,15 @@ class _Zip:
             if entry.compress_type not in _PLAIN_ZIP:
                 raise _bad_entry(entry.filename, "is packed by a method other than deflate")
             if entry.is_dir():
-                _check_path(entry.filename.rstrip("/"))
+                _check_path(entry.filename.rstrip("/"), root=True)
             else:
-                _add(sizes, entry.filename, entry.file_size)
+                _add(sizes, entry.filename.removeprefix("./"), entry.file_size)
         return sizes
 
     def copy(self, wanted: Mapping[str, Path]) -> None:
+        entries = {entry.filename.removeprefix("./"): entry for entry in self._archive.infolist()}
         for name, target in wanted.items():
-            entry = self._archive.getinfo(name)
+            entry = entries[name]
             limit = self._limits.ratio * entry.compress_size + _SLACK_BYTES
             with self._archive.open(entry) as file:
                 _copy(file, target, min(limit, self._limits.adapter_bytes))

@@ -85,7 +85,8 @@ def parse_config(text: bytes) -> AdapterConfig:
             value that it cannot have. Every such field is named.
     """
     try:
-        fields = json.loads(text, parse_constant=_no_constant)
+        # vLLM reads UTF-8 alone, and no byte order mark
+        fields = json.loads(text.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise AdapterRejected(
             [

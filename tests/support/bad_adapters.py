@@ -112,6 +112,12 @@ def _tokenizer(tokens: int) -> bytes:
 
 FIELDS = {
     "config is not JSON": _file("adapter_config.json", b"{'r': 8}", "config_not_json", "not JSON"),
+    "config has a byte order mark": _file(
+        "adapter_config.json", b"\xef\xbb\xbf{}", "config_not_json", "BOM"
+    ),
+    "config is UTF-16": _file(
+        "adapter_config.json", "{}".encode("utf-16"), "config_not_json", "not JSON"
+    ),
     "config is a list": _file("adapter_config.json", b"[]", "config_not_json", "object"),
     "config nests too deep": _file(
         "adapter_config.json", b'{"a":' + b"[" * 200_000, "config_not_json", "not JSON"
@@ -144,6 +150,7 @@ FIELDS = {
 METHODS = {
     "DoRA": _config("dora", "use_dora", use_dora=True),
     "bias": _config("bias", "lora_only", bias="lora_only"),
+    "bias is null": _config("bias", "null", bias=None),
     "lora_bias": _config("lora_bias", "lora_bias", lora_bias=True),
     "modules_to_save": _config("modules_to_save", "lm_head", modules_to_save=["lm_head"]),
     "a classifier": _config("modules_to_save", "score", modules_to_save=["score"]),

@@ -3,6 +3,7 @@ without bound."""
 
 import resource
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,15 @@ def test_this_process_keeps_its_own_limits(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
     unpack(GOOD["adapter_model.bin"](tmp_path / "source"), tmp_path / "scratch", LIMITS)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_a_zip_whose_paths_begin_at_a_dot_is_an_adapter(tmp_path: Path) -> None:
+    """As bsdtar's `tar -a -cf adapter.zip .` makes it."""
+    inside = Draft().write(tmp_path / "in")
+    with zipfile.ZipFile(tmp_path / "adapter.zip", "w") as archive:
+        archive.writestr(zipfile.ZipInfo("./"), b"")
+        for path in inside.iterdir():
+            archive.writestr(zipfile.ZipInfo(f"./{path.name}"), path.read_bytes())
+    package = unpack(tmp_path / "adapter.zip", tmp_path / "out", LIMITS)
+    name = "adapter_config.json"
+    assert (package.folder / name).read_bytes() == (inside / name).read_bytes()
