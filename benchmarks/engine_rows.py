@@ -13,12 +13,14 @@ class Row:
         jobs: how many.
         adapter_of: adapter number of request i; −1 is the base model.
         against: the name of the bare workload.
+        barrier: how many jobs are fed at once, and waited for, before the next; 0 is no barrier.
     """
 
     name: str
     jobs: int
     adapter_of: Callable[[int], int]
     against: str
+    barrier: int = 0
 
 
 def zipf(adapters: int, seed: int = 1) -> Callable[[int], int]:
@@ -36,7 +38,8 @@ ROWS = {
         Row("eight", 2000, lambda i: i % 8, "eight"),
         Row("thirtytwo", 2560, lambda i: i % 32, "one"),
         Row("zipf", 4096, zipf(256), "one"),
-        Row("barrier", 2000, lambda i: i % 8, "eight"),
+        Row("barrier", 2000, lambda i: i % 8, "eight", barrier=2000),
+        Row("barrier80", 2000, lambda i: i % 8, "eight", barrier=80),
         Row("demo", 240, lambda i: i % 3, "demo"),
     )
 }
