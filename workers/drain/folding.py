@@ -28,6 +28,12 @@ GAIN_PRIOR: Final = 1.3
 BELIEVE_SECONDS: Final = 3.0
 #: After so many seconds of either kind what was seen counts half.
 REMEMBER_SECONDS: Final = 60.0
+#: After so many seconds of a full engine without a fold, what folds were seen to do is forgotten:
+#: one that was found not to gain is tried again.
+FORGET_SECONDS: Final = 300.0
+#: What a prompt's token costs beside one that is made: a prompt's are computed many at once.
+#: About 30,000 to 6,000 a second of an H100 and an 8B model.
+PROMPT_COST: Final = 0.2
 #: Of a full engine with adapters, prompts included, until measured.
 TOKENS_PER_SECOND_PRIOR: Final = 8000.0
 #: What a switch takes until one was made, where the engine did not try at its start.
@@ -35,29 +41,33 @@ SWITCH_PRIOR_SECONDS: Final = 0.2
 
 
 class Gauge:
-    """Tokens per second of a full engine, folded and not: the newest minute counts most."""
+    """What a full engine does in a second, folded and not: the newest minute counts most."""
 
     def __init__(self) -> None:
-        self._made = {True: 0.0, False: 0.0}
+        self._work = {True: 0.0, False: 0.0}
         self._tokens = {True: 0.0, False: 0.0}
         self._seconds = {True: 0.0, False: 0.0}
+        self._since_fold = 0.0
 
     def add(self, folded: bool, made: float, tokens: float, seconds: float) -> None:
         """So many tokens were made, and worked on with prompts, while the engine was full."""
         if self._seconds[folded] > REMEMBER_SECONDS:
-            for sums in (self._made, self._tokens, self._seconds):
+            for sums in (self._work, self._tokens, self._seconds):
                 sums[folded] /= 2
-        self._made[folded] += made
+        # a fold begins with many prompts: a short one would seem slow if they did not count
+        self._work[folded] += made + PROMPT_COST * (tokens - made)
         self._tokens[folded] += tokens
         self._seconds[folded] += seconds
+        self._since_fold = 0.0 if folded else self._since_fold + seconds
+        if self._since_fold > FORGET_SECONDS:
+            self._work[True] = self._tokens[True] = self._seconds[True] = 0.0
 
     @property
     def gain(self) -> float:
-        """How many times faster a folded engine makes tokens. A fold begins with many prompts:
-        they do not count."""
-        if min(self._seconds.values()) < BELIEVE_SECONDS or not self._made[False]:
+        """How many times faster a folded engine works."""
+        if min(self._seconds.values()) < BELIEVE_SECONDS or not self._work[False]:
             return GAIN_PRIOR
-        rate = {folded: self._made[folded] / self._seconds[folded] for folded in (True, False)}
+        rate = {folded: self._work[folded] / self._seconds[folded] for folded in (True, False)}
         return rate[True] / rate[False]
 
     @property
