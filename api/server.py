@@ -18,6 +18,9 @@ from core.settings import Settings
 log = logging.getLogger(__name__)
 
 BACKLOG: Final = 2048
+#: Longer than clients pause between polls and than proxies keep a connection (60 s as a rule): who
+#: closes it must not be the server, or a request sent at that moment is lost.
+KEEP_ALIVE_SECONDS: Final = 75
 
 
 def serve(settings: Settings, *, host: str, port: int, ready_model: str | None = None) -> None:
@@ -46,6 +49,7 @@ def serve(settings: Settings, *, host: str, port: int, ready_model: str | None =
             log_config=None,
             access_log=False,
             backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             server_header=False,
             timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
         )

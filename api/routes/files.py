@@ -10,7 +10,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from api.auth import TenantId
 from api.job_view import Row, json_response
@@ -18,6 +18,7 @@ from api.services import Services, ServicesDep
 from api.uploads import store_upload
 from core.errors import InvalidRequest, LorryError, NotFound
 from core.ids import IdPrefix, format_id, parse_id
+from core.json_values import check_text
 from db import files
 from db.blobs import CHUNK_BYTES, Blobs
 from db.files import file_key
@@ -91,7 +92,7 @@ class ListParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    purpose: str | None = Field(None, max_length=64)
+    purpose: Annotated[str, AfterValidator(check_text)] | None = Field(None, max_length=64)
     after: str | None = Field(None, description="the id of a file: begin behind it")
     limit: int = Field(10_000, ge=1, le=10_000)
     order: Literal["asc", "desc"] = "desc"

@@ -17,6 +17,8 @@ router = APIRouter(prefix="/v1/usage", tags=["usage"])
 #: What is shown where nothing is asked for.
 DEFAULT_DAYS = 30
 MOST_DAYS = 366
+#: Nothing was used before; days are counted back from what is asked for.
+_FIRST_DAY = date(2000, 1, 1)
 
 
 class UsageRow(BaseModel):
@@ -43,8 +45,10 @@ class UsageParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    start: date | None = Field(None, description="the first day; 30 days ago unless given")
-    end: date | None = Field(None, description="the last day; today unless given")
+    start: date | None = Field(
+        None, ge=_FIRST_DAY, description="the first day; 30 days before the last unless given"
+    )
+    end: date | None = Field(None, ge=_FIRST_DAY, description="the last day; today unless given")
 
 
 @router.get("", summary="Read what was used", responses={200: {"model": Usage}})

@@ -212,3 +212,9 @@ async def test_a_dead_writers_file_is_taken_for_deletion(database: Database) -> 
     await files.touch(database, [alive])
     taken = await asyncio.gather(files.take_expired(database), files.take_expired(database))
     assert [file_id for ids in taken for file_id in ids] == [dead]
+
+
+async def test_a_purpose_that_no_file_can_have_is_refused(api: Api) -> None:
+    answer = await api.client.get("/v1/files", params={"purpose": "\0"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "purpose"
