@@ -79,6 +79,10 @@ def run(arguments: list[str]) -> int:
         return USAGE
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
+    except UnicodeEncodeError as error:  # bytes of an argument that are no text
+        odd = ascii(error.object[error.start : error.end])
+        output.error(f"{odd} cannot be written in {error.encoding}: give text in UTF-8")
+        return USAGE
     except BrokenPipeError:
         sys.stderr.close()  # `lorry jobs list | head`: nobody reads on; say nothing more
         return FAILED

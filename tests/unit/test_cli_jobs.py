@@ -148,3 +148,8 @@ def test_a_name_stays_a_name(
     sent = f"{method} {path.partition('?')[0]}"
     assert sent == asked_for.format("..%2Fa%20b%2Fc%3Fdrain%3Dtrue%23d")
     assert not more
+
+
+def test_bytes_that_are_no_text_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails(capsys, "jobs", "get", "\udcff")
+    assert "'\\udcff' cannot be written in utf-8" in said
