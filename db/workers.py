@@ -131,6 +131,7 @@ async def rescue_lost(
     lease_seconds: float,
     max_attempts: int,
     in_touch_since: datetime | None = None,
+    in_touch_until: datetime | None = None,
 ) -> dict[int, int]:
     """Take the jobs of workers whose lease ran out, one worker per transaction.
 
@@ -140,6 +141,8 @@ async def rescue_lost(
     Args:
         in_touch_since: when the rescuer's unbroken touch with Postgres began, by Postgres's clock;
             None where the caller vouches for it.
+        in_touch_until: how long what it saw may count, by the same clock: a statement that hangs
+            with Postgres rescues nobody when it goes on.
 
     Returns:
         How many jobs were freed, by worker id.
@@ -148,7 +151,9 @@ async def rescue_lost(
     freed: dict[int, int] = {}
     while True:
         async with database.transaction() as connection:
-            worker_id = await connection.fetchval(_LOSE, lease_seconds, in_touch_since)
+            worker_id = await connection.fetchval(
+                _LOSE, lease_seconds, in_touch_since, in_touch_until
+            )
             if worker_id is None:
                 return freed
             apart = await put_apart(connection, worker_id, death, fed=None)
@@ -167,6 +172,7 @@ UPDATE workers SET lost_at = now() WHERE id = (
           SELECT FROM jobs WHERE lease_owner = workers.id AND state = 'running'))
       AND pg_postmaster_start_time() < now() - make_interval(secs => $1)
       AND ($2::timestamptz IS NULL OR $2 <= now() - make_interval(secs => $1))
+      AND ($3::timestamptz IS NULL OR $3 >= now())
     ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED)
 RETURNING id
 """

@@ -60,7 +60,11 @@ class Rescuer:
                     extra={"action": "end_frozen_clients", "sessions": len(ended)},
                 )
             freed = await workers.rescue_lost(
-                self._database, self._lease_seconds, self._max_attempts, self._in_touch_since
+                self._database,
+                self._lease_seconds,
+                self._max_attempts,
+                in_touch_since=self._in_touch_since,
+                in_touch_until=now + self._gap,
             )
         except Unavailable:
             self._last_look = None

@@ -123,6 +123,24 @@ async def test_a_gap_between_looks_is_an_outage(bench: Bench) -> None:
     assert await rescuer.look() == {}
 
 
+async def test_a_look_that_hangs_with_postgres_rescues_nobody_when_it_goes_on(bench: Bench) -> None:
+    """Postgres froze between two statements of one look, with every worker's lease."""
+    rescuer = Rescuer(bench.database, 2.0, 3)
+    await rescuer.look()
+    rescuer._in_touch_since -= timedelta(hours=1)  # type: ignore[operator, assignment]
+    clock = workers.clock
+
+    async def expire_after_the_clock(database: Database) -> datetime:
+        now = await clock(database)
+        await expired_worker(bench)
+        return now - timedelta(seconds=1.5)  # so long ago, when the next statement is answered
+
+    rescuer._last_look -= timedelta(seconds=1.8)  # type: ignore[operator, assignment]
+    with patch("db.workers.clock", expire_after_the_clock):
+        assert await rescuer.look() == {}
+    assert await states(bench.database) == {"running": 1}
+
+
 async def test_a_rescuer_long_in_touch_rescues_at_once(bench: Bench) -> None:
     rescuer = Rescuer(bench.database, 2.0, 3)
     await rescuer.look()
