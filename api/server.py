@@ -18,9 +18,6 @@ from core.settings import Settings
 log = logging.getLogger(__name__)
 
 BACKLOG: Final = 2048
-#: Longer than clients pause between polls and than proxies keep a connection (60 s as a rule): who
-#: closes it must not be the server, or a request sent at that moment is lost.
-KEEP_ALIVE_SECONDS: Final = 75
 
 
 def serve(settings: Settings, *, host: str, port: int, ready_model: str | None = None) -> None:
@@ -49,7 +46,9 @@ def serve(settings: Settings, *, host: str, port: int, ready_model: str | None =
             log_config=None,
             access_log=False,
             backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            # longer than clients pause and proxies keep a connection (60 s as a rule): the server
+            # must not be who closes it, or a request sent at that moment is lost
+            timeout_keep_alive=settings.keep_alive_seconds,
             server_header=False,
             timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
         )

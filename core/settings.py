@@ -65,6 +65,9 @@ class Settings(BaseSettings):
     public_url: str | None = Field(
         None, description="the API's address as clients know it, for links in webhooks"
     )
+    keep_alive_seconds: int = Field(
+        75, ge=1, description="how long the API keeps an idle connection open"
+    )
     require_keys: bool = Field(True, description="whether the API asks for a bearer key")
     metrics_port: int | None = Field(
         None, ge=0, le=65_535, description="a worker's port for /metrics; 0 is any free one"

@@ -30,8 +30,8 @@ pytestmark = pytest.mark.processes
 
 #: Rounds at once: they mostly wait for leases to run out.
 ROUNDS_AT_ONCE = 6
-LEASE_SECONDS = 1.0
-EXIT_LEASE_LOST = 4
+#: Long enough that a busy machine does not take it from a victim that lives.
+LEASE_SECONDS = 2.0
 #: Of one round.
 JOBS = 12
 #: Statements that must be among those found, whatever else a worker sends.
@@ -188,9 +188,7 @@ class Scene:
             process.kill()
             process.join()
         died = process.exitcode == -signal.SIGKILL
-        # on a busy machine a lease so short may run out before the victim comes to its statement
-        gone = process.exitcode in (0, EXIT_LEASE_LOST)
-        assert died or gone, victim.log.read_text()
+        assert died or process.exitcode == 0, victim.log.read_text()
         await scene.end()
         await self._take_up()
         await settled(
