@@ -4,11 +4,10 @@
     python -m benchmarks.engine_ratio --cpu [ROW…]            (the demo's model and adapters)
 
 Rows: none, one, eight, thirtytwo, zipf, barrier, barrier80, demo; all need 8 slots but zipf, which
-needs 16.
-They run in the order given on one engine; name a row again to measure it again. Its bare workload
-runs before it for the first time, and once more wherever `bare-none`, `bare-one` or `bare-eight`
-stands between the rows. `--repeat N` does all of it N times, bare runs too. `--scale S` multiplies
-the number of jobs.
+needs 16. They run in the order given on one engine; name a row again to measure it again. Its bare
+workload runs before it for the first time, and once more wherever `bare-none`, `bare-one` or
+`bare-eight` stands between the rows. `--repeat N` does all of it N times, bare runs too.
+`--scale S` multiplies the number of jobs.
 
 The jobs of a row stand in a real Postgres before its clock starts; the clock runs from the drain's
 start to the last commit. `barrier` is our own drain kept from topping up: each adapter's jobs are
