@@ -11,20 +11,23 @@ those of an idle engine, medians over a few adapters:
 - disk_cold: from the disk, the files dropped from the system's page cache before.
 - disk: from files in the page cache. What a load costs after a prefetch.
 - cpu: the engine has it in memory, but in no slot.
+- ahead: from files in the page cache, read ahead into locked memory while the engine idled.
 - slot: it has a slot.
 
 Then the same jobs go through the whole drain over 8 adapters in 8 slots, over 24 that the engine
-has to read from the disk, and over the same 24 from its memory. `switch_ms` is what a switch added
-to the run, `load_ms` how long the drain waited for the engine, which takes no load inside a step.
-Every figure is a line of JSON; the ratios of the drains come last.
+has to read from the disk without and with reading ahead, and over the same 24 from its memory.
+`switch_ms` is what a switch added to the run, `load_ms` how long the drain waited for the engine,
+which takes no load inside a step. Every figure is a line of JSON; the ratios of
+the drains come last.
 """
 
 import argparse
+import asyncio
 import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -118,6 +121,10 @@ async def loads(bench: Bench) -> None:
         await bench.engine.remove_adapter(adapter.lora_int_id)
     disk = await load(bench, samples)
     say("disk", disk)
+    for adapter in samples:
+        await bench.engine.remove_adapter(adapter.lora_int_id)
+    await read_ahead(bench, samples)
+    say("ahead", await load(bench, samples))
     say("slot", await load(bench, samples))
     await load(bench, others)  # they take every slot; the samples stay in memory
     cpu = await load(bench, samples)
@@ -136,6 +143,13 @@ async def load(bench: Bench, adapters: Sequence[LocalAdapter]) -> list[float]:
         await bench.engine.load_adapter(adapter)
         seconds.append(time.perf_counter() - started)
     return seconds
+
+
+async def read_ahead(bench: Bench, adapters: Sequence[LocalAdapter]) -> None:
+    """Have the engine read these, and wait until it has."""
+    calls: Any = bench.engine._calls
+    while len(await calls.read_ahead(adapters)) < len(adapters):
+        await asyncio.sleep(0.01)
 
 
 def size_of(adapter: LocalAdapter) -> int:
@@ -170,18 +184,26 @@ async def drains(bench: Bench, work: Sequence[Work]) -> None:
     many = Row("many", len(work), lambda i: i % ADAPTERS, "")
     await run_drain(bench, few, work[: len(work) // 4])  # warms the engine, and loads the few
     rates, seconds = {}, {}
-    for name, row in (("resident", few), ("from disk", many), ("from memory", many)):
-        if name == "from disk":
+    ahead: Callable[[Sequence[LocalAdapter]], None] = bench.engine.read_ahead
+    rows = [("resident", few), ("not read ahead", many), ("from disk", many), ("from memory", many)]
+    for name, row in rows:
+        if name in ("not read ahead", "from disk"):
             await forget_all(bench)
+        how = _nothing if name == "not read ahead" else ahead
+        bench.engine.read_ahead = how  # type: ignore[assignment,method-assign]
         rates[name], facts = await run_drain(bench, row, work)
         seconds[name] = facts["s"], facts["loads"]
         each = facts["load_s"] / max(1, facts["loads"])
         report(name=f"drain {name}", out_tok_s=round(rates[name]), load_ms=ms(each), **facts)
-    for name in ("from disk", "from memory"):
+    for name in ("not read ahead", "from disk", "from memory"):
         added, switches = seconds[name][0] - seconds["resident"][0], seconds[name][1] - SLOTS
         report(name=f"switch {name}", switch_ms=ms(added / max(1, switches)), switches=switches)
-    for name in ("from disk", "from memory"):
+    for name in ("not read ahead", "from disk", "from memory"):
         report(name=f"{name} / resident", ratio=round(rates[name] / rates["resident"], 3))
+
+
+def _nothing(_adapters: Sequence[LocalAdapter]) -> None:
+    """In place of `read_ahead`."""
 
 
 async def forget_all(bench: Bench) -> None:

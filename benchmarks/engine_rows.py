@@ -39,7 +39,7 @@ ROWS = {
         Row("thirtytwo", 2560, lambda i: i % 32, "one"),
         Row("zipf", 4096, zipf(256), "one"),
         Row("barrier", 2000, lambda i: i % 8, "eight", barrier=2000),
-        Row("barrier80", 2000, lambda i: i % 8, "eight", barrier=80),
+        Row("barrier80", 800, lambda i: i % 8, "eight", barrier=80),
         Row("demo", 240, lambda i: i % 3, "demo"),
     )
 }

@@ -100,6 +100,11 @@ class AdapterFiles:
             ) from None
         return adapter
 
+    def ready(self, adapter_version_id: int) -> LocalAdapter | None:
+        """The local copy of a version, if it is there."""
+        known = self._held.get(adapter_version_id)
+        return known[0] if known else None
+
     def prefetch(self, adapter_version_ids: Sequence[int]) -> None:
         """Fetch these ahead, in this order; what was wanted before and not begun is forgotten.
 

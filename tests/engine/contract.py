@@ -198,6 +198,20 @@ class EngineContract:
         assert texts[0] == texts[1]
         assert texts[0] != (await complete(engine, body)).choices[0].text
 
+    async def test_reading_ahead_changes_no_answer(
+        self, engine: Engine, adapters: Sequence[LocalAdapter]
+    ) -> None:
+        body = {"prompt": "The meaning of", "max_tokens": 8, "temperature": 0}
+        missing = LocalAdapter(992, "992-missing", "/nonexistent/adapter", "missing")
+        texts = []
+        for ahead in ((), (missing, *adapters), adapters[1:]):
+            engine.read_ahead(ahead)
+            await engine.load_adapter(adapters[0])
+            texts.append((await complete(engine, body, adapters[0])).choices[0].text)
+            await engine.remove_adapter(adapters[0].lora_int_id)
+        engine.read_ahead([])
+        assert texts[1:] == texts[:1] * 2
+
     async def test_removing_an_unknown_adapter_is_ignored(self, engine: Engine) -> None:
         await engine.remove_adapter(991)
 

@@ -110,7 +110,8 @@ def test_flags_with_which_nothing_is_folded_are_named(model: Path, flag: str, wh
 
     found = parse_flags(str(model), [flag], fold=True)
     assert why in (found.fold_refusal or "")
-    assert found.args.worker_extension_cls == ""
+    ours = "" if flag == "--no-enable-lora" else "workers.engine.vllm_worker.WorkerExtension"
+    assert found.args.worker_extension_cls == ours
 
 
 def test_an_engine_that_may_fold_gets_a_scheduler_and_a_worker_of_ours(model: Path) -> None:

@@ -117,13 +117,19 @@ async def test_the_next_adapters_files_are_there_before_their_slot_is(
     """One slot, held by a job that does not end: the next adapter's files come meanwhile."""
     store = slow_store(bench, tmp_path)
     behind = Bench(bench.database, store, bench.base_model_id, bench.adapters)
+    second = (await versions(bench))[1]
     hasty = QUICK.model_copy(update={"grace_seconds": 0.0})
     flags = ("--max-loras", "1", "--sim-step-ms", "60000")
     async with drain_core(behind, tmp_path, broker_url, *flags, settings=hasty) as (_, engine, _):
+        ahead: list[list[int]] = []
+        engine.read_ahead = (  # type: ignore[method-assign]
+            lambda adapters: ahead.append([adapter.lora_int_id for adapter in adapters])
+        )
         await submit(bench.database, "a0")
         await eventually(lambda: _true(engine.running == 1), "job in the engine")
         await submit(bench.database, "a1")
         await eventually(lambda: _true(len(store.fetched) == 2), "files fetched ahead")
+        await eventually(lambda: _true(ahead[-1:] == [[second]]), "the engine told to read them")
     assert await states(bench.database) == {"queued": 2}
 
 

@@ -9,16 +9,16 @@ from typing import Any
 
 from vllm import _custom_ops
 
-from workers.engine.vllm_fold_worker import FoldExtension
+from workers.engine.vllm_worker import WorkerExtension
 
 _custom_ops._supports_onednn = False
 
 
-class UnpackedFold(FoldExtension):
+class UnpackedFold(WorkerExtension):
     """The fold as it is, imported from here."""
 
 
-class FailingFold(FoldExtension):
+class FailingFold(WorkerExtension):
     """Fails at the fold of adapter 991, half-way; lets adapter 992 be folded as if it were 993."""
 
     def lorry_fold(self, lora_int_id: int | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Final
 
 from core.errors import AdapterInvalid, StoreUnavailable
 from db.models import BASE_VERSION_ID
@@ -18,6 +19,9 @@ from workers.engine.protocol import AdapterLoadError, Engine, LocalAdapter
 from workers.metrics import DrainMetrics
 
 log = logging.getLogger(__name__)
+
+#: Adapters that the engine reads ahead, at most: each is memory, and few get a slot at once.
+READ_AHEAD: Final = 4
 
 
 class Slots:
@@ -104,8 +108,12 @@ class Slots:
                 log.error("Adapter not preloaded: %s", error, extra={"action": "preload_failed"})
 
     def prefetch(self, adapter_version_ids: Sequence[int]) -> None:
-        """Bring the files of these to the local disk, in the background."""
-        self._files.prefetch([i for i in adapter_version_ids if i not in self._resident])
+        """Bring the files of these to the local disk, and what lies there to the engine's memory,
+        in the background."""
+        wanted = [i for i in adapter_version_ids if i not in self._resident]
+        self._files.prefetch(wanted)
+        ready = [self._files.ready(i) for i in wanted[:READ_AHEAD]]
+        self._engine.read_ahead([adapter for adapter in ready if adapter is not None])
 
     def close(self) -> None:
         """Fetch nothing more ahead."""

@@ -162,6 +162,14 @@ class Engine(Protocol):
         """
         ...
 
+    def read_ahead(self, adapters: Sequence[LocalAdapter]) -> None:
+        """Read these into memory while the engine computes, so that their loads are short.
+
+        Returns at once. What was named before and is not named now is forgotten. An adapter that
+        cannot be read is left to its load. An engine may pass over it.
+        """
+        ...
+
     async def remove_adapter(self, lora_int_id: int) -> None:
         """Let a resident adapter go; its slot is free again. Unknown ids are ignored."""
         ...

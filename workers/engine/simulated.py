@@ -184,6 +184,9 @@ class SimulatedEngine:
             await asyncio.sleep(self._load_seconds)
         self._use(adapter.lora_int_id)
 
+    def read_ahead(self, adapters: Sequence[LocalAdapter]) -> None:
+        """Nothing: a load takes what it was told to take."""
+
     def _use(self, lora_int_id: int) -> None:
         """The adapter is the most recently used; the least recent goes where it is one too many."""
         self._adapters[lora_int_id] = None

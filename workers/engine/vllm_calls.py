@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,33 @@ class VllmCalls:
         if not added:
             raise AdapterLoadError(f"vLLM did not take adapter {adapter.lora_name}")
         return ResidentAdapter(request, template, end_token(folder, self.tokenizer))
+
+    async def read_ahead(self, adapters: Sequence[LocalAdapter]) -> Sequence[int] | None:
+        """Let the workers read adapters ahead; see `ReadAheadExtension.lorry_read_ahead`.
+
+        Returns:
+            The ids of those that have been read; None where this engine cannot.
+
+        Raises:
+            EngineDead: the engine has died.
+        """
+        named = []
+        for adapter in adapters:
+            with contextlib.suppress(AdapterLoadError):  # its load will say so
+                await asyncio.to_thread(preflight, adapter)
+                named.append((adapter.lora_int_id, adapter.lora_name, adapter.path))
+        try:
+            read = await self._llm.collective_rpc("lorry_read_ahead", args=(named,))
+        except EngineDeadError as error:
+            raise EngineDead(DIED) from error
+        except Exception as error:  # the core sends any kind of error back
+            if self.dead:
+                raise EngineDead(DIED) from error
+            _log.info("Adapters are not read ahead: %s", _reason(error))
+            return None
+        if any(ids is None for ids in read):
+            return None
+        return [i for i in read[0] if all(i in ids for ids in read)]
 
     async def remove(self, lora_int_id: int) -> None:
         """Free an adapter's slot. Unknown ids are ignored."""

@@ -48,6 +48,10 @@ class VllmEngine:
         self._flow: RequestFlow | None = None
         self._info: EngineInfo | None = None
         self._adapters: dict[int, ResidentAdapter] = {}
+        self._wanted_ahead: tuple[LocalAdapter, ...] = ()
+        self._told_ahead: tuple[LocalAdapter, ...] = ()
+        self._can_read_ahead = True
+        self._reading: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._dead = asyncio.Event()
@@ -134,6 +138,20 @@ class VllmEngine:
         """Make an adapter resident; see `Engine`."""
         resident = await self._unless_over(self._alive().load(adapter))
         self._adapters[adapter.lora_int_id] = resident
+
+    def read_ahead(self, adapters: Sequence[LocalAdapter]) -> None:
+        """Read adapters while the engine computes; see `Engine`."""
+        self._wanted_ahead = tuple(adapters)
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read_ahead())
+
+    async def _read_ahead(self) -> None:
+        """Tell the workers what is wanted, one call after another, as long as it changes."""
+        with contextlib.suppress(EngineDead):  # others say so
+            while self._can_read_ahead and self._wanted_ahead != self._told_ahead:
+                self._told_ahead = self._wanted_ahead
+                read = await self._unless_over(self._alive().read_ahead(self._told_ahead))
+                self._can_read_ahead = read is not None
 
     async def remove_adapter(self, lora_int_id: int) -> None:
         """Let a resident adapter go; see `Engine`."""

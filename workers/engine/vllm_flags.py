@@ -62,7 +62,10 @@ def parse_flags(model: str, flags: Sequence[str], *, fold: bool = False) -> Engi
     _settle_slots(parsed)
     fold_refusal = _fold_refusal(parsed) if fold else "folding is off (--fold off)"
     if fold_refusal is None:
-        _settle_fold(parsed)
+        parsed.scheduler_cls = "workers.engine.vllm_fold_scheduler.fold_scheduler"
+    if parsed.enable_lora and not parsed.worker_extension_cls:
+        # an operator's own may bring these methods too; the engine asks for them
+        parsed.worker_extension_cls = "workers.engine.vllm_worker.WorkerExtension"
     local = _local_path(model)
     parsed.model = str(local) if local else model
     # Whatever log_stats says, the engine's own logger counts; vLLM's would only add log lines.
@@ -169,13 +172,6 @@ _NO_FOLD = {
     "scheduler_cls": "the scheduler is another one",
     "cpu_offload_gb": "the base weights move about",
 }
-
-
-def _settle_fold(parsed: Namespace) -> None:
-    parsed.scheduler_cls = "workers.engine.vllm_fold_scheduler.fold_scheduler"
-    # an operator's own may bring these methods too; the engine asks for them
-    if not parsed.worker_extension_cls:
-        parsed.worker_extension_cls = "workers.engine.vllm_fold_worker.FoldExtension"
 
 
 def _local_path(model: str) -> Path | None:

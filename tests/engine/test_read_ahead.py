@@ -1,0 +1,115 @@
+"""Adapters read ahead by the real engine: their load needs the files no more, and says no other."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.conftest import write_adapter
+from tests.engine.contract import complete
+from tests.support.waiting import eventually
+from workers.engine.protocol import AdapterLoadError, Engine, LocalAdapter
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+_BODY = {"prompt": "The meaning of", "temperature": 0, "max_tokens": 8}
+
+
+def weights_of(adapter: LocalAdapter) -> Path:
+    return Path(adapter.path, "adapter_model.safetensors")
+
+
+def lose(adapter: LocalAdapter) -> None:
+    weights_of(adapter).unlink()
+
+
+def spoil(adapter: LocalAdapter) -> Callable[[], None]:
+    """Break an adapter's weights; returns what mends them."""
+    good = weights_of(adapter).read_bytes()
+    weights_of(adapter).write_bytes(b"not weights")
+
+    def mend() -> None:
+        weights_of(adapter).write_bytes(good)
+
+    return mend
+
+
+async def read(engine: Engine, *adapters: LocalAdapter) -> None:
+    """Have adapters read ahead, and wait until they are."""
+    engine.read_ahead(adapters)
+    calls: Any = engine._calls  # type: ignore[attr-defined]
+
+    async def done() -> bool:
+        found = await calls.read_ahead(adapters)
+        return set(found) == {adapter.lora_int_id for adapter in adapters}
+
+    await eventually(done, "read")
+
+
+async def test_a_load_takes_what_was_read_ahead(vllm_engine: Engine, tmp_path: Path) -> None:
+    usual = write_adapter(tmp_path / "usual", 801)
+    await vllm_engine.load_adapter(usual)
+    expected = await complete(vllm_engine, _BODY, usual)
+    ahead = LocalAdapter(802, "802-ahead", usual.path, "ahead")
+    await read(vllm_engine, ahead)
+    lose(usual)
+    await vllm_engine.load_adapter(ahead)
+    assert (await complete(vllm_engine, _BODY, ahead)).choices == expected.choices
+    for adapter in (usual, ahead):
+        await vllm_engine.remove_adapter(adapter.lora_int_id)
+    with pytest.raises(AdapterLoadError):  # it was taken, not kept
+        await vllm_engine.load_adapter(ahead)
+
+
+async def test_what_is_wanted_no_more_is_forgotten(vllm_engine: Engine, tmp_path: Path) -> None:
+    first, second = (write_adapter(tmp_path / str(i), i) for i in (811, 812))
+    await read(vllm_engine, first)
+    await read(vllm_engine, second)
+    lose(first)
+    with pytest.raises(AdapterLoadError):
+        await vllm_engine.load_adapter(first)
+    vllm_engine.read_ahead([])
+
+
+async def test_what_cannot_be_read_ahead_is_left_to_its_load(
+    vllm_engine: Engine, tmp_path: Path
+) -> None:
+    gone = LocalAdapter(821, "821-gone", str(tmp_path / "gone"), "gone")
+    broken, whole = (write_adapter(tmp_path / str(i), i) for i in (822, 823))
+    mend = spoil(broken)
+    calls: Any = vllm_engine._calls  # type: ignore[attr-defined]
+
+    async def last_is_read() -> bool:  # they are read in this order
+        found: list[int] = await calls.read_ahead([gone, broken, whole])
+        return found == [823]
+
+    await eventually(last_is_read, "the last one read")
+    for adapter in (gone, broken):
+        with pytest.raises(AdapterLoadError):
+            await vllm_engine.load_adapter(adapter)
+    mend()
+    for adapter in (broken, whole):
+        await vllm_engine.load_adapter(adapter)
+        await complete(vllm_engine, _BODY, adapter)
+        await vllm_engine.remove_adapter(adapter.lora_int_id)
+
+
+async def test_a_load_right_behind_the_call_is_right(vllm_engine: Engine, tmp_path: Path) -> None:
+    """Read, being read or not begun: each load brings its own adapter."""
+    several = [write_adapter(tmp_path / str(i), i) for i in range(831, 835)]
+    for _ in range(3):
+        vllm_engine.read_ahead(several)
+        answers = []
+        for adapter in several:
+            await vllm_engine.load_adapter(adapter)
+            answers.append((await complete(vllm_engine, _BODY, adapter)).choices)
+        for adapter in several:
+            await vllm_engine.remove_adapter(adapter.lora_int_id)
+        vllm_engine.read_ahead([])
+        alone = []
+        for adapter in several:
+            await vllm_engine.load_adapter(adapter)
+            alone.append((await complete(vllm_engine, _BODY, adapter)).choices)
+            await vllm_engine.remove_adapter(adapter.lora_int_id)
+        assert answers == alone
