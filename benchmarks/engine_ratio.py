@@ -24,7 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,6 +35,7 @@ import uvloop
 from benchmarks.bare import bare_run, report
 from benchmarks.engine_rows import BARE_AGAIN, ROWS, Row
 from benchmarks.servers import running_servers
+from benchmarks.trace import trace
 from benchmarks.workload import ENGINE_FLAGS, Work, make_adapters, make_model, requests
 from core.ids import new_id
 from core.settings import Settings
@@ -69,6 +70,7 @@ class Bench:
     base_model_id: int
     folders: Sequence[Path]
     cache: Path
+    registered: set[int] = field(default_factory=set)
 
     def folder(self, adapter: int) -> Path:
         """The weights of an adapter; more names than files share them."""
@@ -119,7 +121,9 @@ async def measure(bench: Bench, options: argparse.Namespace) -> None:
                 rate = await run_bare(bench, ROWS[row.against], work)
                 bare[row.against, row.jobs] = rate
                 report(name=f"bare {row.against}", jobs=len(work), out_tok_s=round(rate))
-            rate, facts = await run_drain(bench, row, requests_for(options, row.jobs))
+            rate, facts = await run_drain(
+                bench, row, requests_for(options, row.jobs), options.trace
+            )
             rates.setdefault(name, []).append(rate)
             ratios.setdefault(name, []).append(rate / bare[row.against, row.jobs])
             report(name=name, out_tok_s=round(rate), ratio=round(ratios[name][-1], 3), **facts)
@@ -164,7 +168,9 @@ async def run_bare(bench: Bench, row: Row, work: Sequence[Work]) -> float:
     return await bare_run(bench.engine, work, adapter)
 
 
-async def run_drain(bench: Bench, row: Row, work: Sequence[Work]) -> tuple[float, dict[str, Any]]:
+async def run_drain(
+    bench: Bench, row: Row, work: Sequence[Work], traced: Path | None = None
+) -> tuple[float, dict[str, Any]]:
     """Output tokens per second of the drain on a row, and what it cost."""
     await queue(bench, row, work)
     settings = Settings(grace_seconds=600)
@@ -186,12 +192,15 @@ async def run_drain(bench: Bench, row: Row, work: Sequence[Work]) -> tuple[float
         with_barrier(core, row.barrier)
     started = time.perf_counter()
     task = asyncio.create_task(core.run())
+    tracing = asyncio.create_task(trace(core, bench.engine, row.name, traced)) if traced else None
     while core.recorder.recorded < len(work):
         await asyncio.sleep(0.01)
         if task.done():
             task.result()
     seconds = time.perf_counter() - started
     spent = metrics.seconds
+    if tracing:
+        tracing.cancel()
     core.stop()
     await task
     doorbell.close()
@@ -250,7 +259,11 @@ async def queue(bench: Bench, row: Row, work: Sequence[Work]) -> None:
 
 
 async def register(bench: Bench, which: int) -> None:
-    """Make adapter number `which` known. Versions of equal files share an address, not an id."""
+    """Make adapter number `which` known, once: it reads every byte of its files. Versions of equal
+    files share an address, not an id."""
+    if which in bench.registered:
+        return
+    bench.registered.add(which)
     await registered.register_ready(
         bench.database,
         bench.store,
@@ -307,6 +320,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--folder", default="/tmp/lorry-bench")
+    parser.add_argument("--trace", type=Path, help="write what the drains did over time to it")
     options = parser.parse_args()
     options.rows = options.rows or (["demo"] if options.cpu else list(DEFAULT_ROWS))
     if unknown := set(options.rows) - ROWS.keys() - BARE_AGAIN.keys():

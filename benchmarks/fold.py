@@ -38,6 +38,7 @@ from benchmarks.bare import bare_run, report
 from benchmarks.engine_ratio import Bench, clear, on_cpu, queue, requests_for
 from benchmarks.engine_rows import Row, zipf
 from benchmarks.servers import running_servers
+from benchmarks.trace import trace
 from benchmarks.workload import ENGINE_FLAGS, Work, make_adapters, make_model, requests
 from core.generation import GenerationRequest, Outcome
 from core.settings import Settings
@@ -187,7 +188,7 @@ async def measure(bench: Bench, options: argparse.Namespace, began: float) -> No
             if not options.cpu and tokens / max([SLOWEST, *rates.values()]) > left:
                 report(name=one, skipped=f"{left:.0f} s left for {tokens} tokens")
                 continue
-            rate, facts = await _run(bench, row, work, options.speed)
+            rate, facts = await _run(bench, row, work, options)
             rates[one] = rate
             against = rates.get(row.against)
             ratio = {"ratio": round(rate / against, 3)} if against else {}
@@ -197,11 +198,11 @@ async def measure(bench: Bench, options: argparse.Namespace, began: float) -> No
 
 
 async def _run(
-    bench: Bench, row: FoldRow, work: Sequence[Work], speed: float
+    bench: Bench, row: FoldRow, work: Sequence[Work], options: argparse.Namespace
 ) -> tuple[float, dict[str, Any]]:
     if row.kind in ("bare", "grouped"):
         return await bare(bench, row, work), {}
-    return await drain(bench, row, work, speed)
+    return await drain(bench, row, work, options.speed, options.trace)
 
 
 async def _digest(bench: Bench) -> Any:
@@ -281,7 +282,7 @@ def _engine_request(
 
 
 async def drain(
-    bench: Bench, row: FoldRow, work: Sequence[Work], speed: float
+    bench: Bench, row: FoldRow, work: Sequence[Work], speed: float, traced: Path | None = None
 ) -> tuple[float, dict[str, Any]]:
     """Output tokens per second of our drain, from its start to the last commit."""
     await queue(bench, row.row, work)
@@ -303,11 +304,14 @@ async def drain(
     )
     started = time.perf_counter()
     task = asyncio.create_task(core.run())
+    tracing = asyncio.create_task(trace(core, bench.engine, row.name, traced)) if traced else None
     while core.recorder.recorded < len(work):
         await asyncio.sleep(0.01)
         if task.done():
             task.result()
     seconds = time.perf_counter() - started
+    if tracing:
+        tracing.cancel()
     core.stop()
     await task
     doorbell.close()
@@ -382,6 +386,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=3600, help="seconds for all of it")
     parser.add_argument("--copy", default="auto", choices=("auto", "gpu", "host"))
     parser.add_argument("--folder", default="/tmp/lorry-bench")
+    parser.add_argument("--trace", type=Path, help="write what the drains did over time to it")
     parser.add_argument("--flags", default="", help="more flags for the engine, in one argument")
     options = parser.parse_args()
     options.flags = options.flags.split()

@@ -160,6 +160,12 @@ async def freeze(bench: Bench, database_url: str) -> asyncpg.Connection:
     client = await asyncpg.connect(database_url, server_settings=SESSION)
     await client.execute("BEGIN; SELECT FROM waiting_adapters FOR UPDATE")
     await client.prepare("SELECT $1::int")
+    await waited_for(bench, client)
+    return client
+
+
+async def waited_for(bench: Bench, client: asyncpg.Connection) -> None:
+    """Return once Postgres waits for a client inside a statement."""
 
     async def waits() -> bool:
         waiting: bool = await bench.database.fetch_value(
@@ -170,7 +176,6 @@ async def freeze(bench: Bench, database_url: str) -> asyncpg.Connection:
         return waiting
 
     await eventually(waits, "Postgres to wait for a client inside a statement")
-    return client
 
 
 async def test_a_rescuer_ends_a_client_that_froze_inside_a_statement(
@@ -215,6 +220,7 @@ async def test_a_copy_may_wait_for_its_client_much_longer(bench: Bench, database
     copying = asyncio.create_task(client.copy_records_to_table("workers", records=endless()))
     try:
         await asked.wait()
+        await waited_for(bench, client)
         assert await end_frozen_clients(bench.database, seconds=0.0) == []
         found = await end_frozen_clients(bench.database, copy_seconds=0.0)
         assert found == [client.get_server_pid()]

@@ -1,0 +1,33 @@
+"""What a drain did over time: a JSON line of a file five times a second, for a profile of a run."""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from workers.drain.core import DrainCore
+from workers.engine.protocol import Engine
+
+INTERVAL_SECONDS: Final = 0.2
+
+
+async def trace(core: DrainCore, engine: Engine, row: str, path: Path) -> None:
+    """Append samples for ever: seconds, tokens made and worked on so far, jobs and adapters in the
+    engine, loads so far and their seconds, and which adapter is folded."""
+    started = time.perf_counter()
+    with path.open("a") as file:
+        while True:
+            sample: dict[str, Any] = {
+                "row": row,
+                "s": round(time.perf_counter() - started, 2),
+                "made": engine.made(),
+                "worked": engine.progress(),
+                "running": core.feeder.running,
+                "adapters": core.slots.in_use,
+                "loads": core.slots.loads,
+                "load_s": round(core.slots.load_seconds, 2),
+                "folded": core.feeder.folding.folded,
+            }
+            print(json.dumps(sample), file=file)
+            await asyncio.sleep(INTERVAL_SECONDS)
