@@ -41,6 +41,7 @@ _log = logging.getLogger(__name__)
 
 DIED = "the engine's core process has died; its own messages say why"
 _GRACE_SECONDS = 2.0
+_NOT_AHEAD = "Adapters are not read ahead: %s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,9 +228,10 @@ class VllmCalls:
         except Exception as error:  # the core sends any kind of error back
             if self.dead:
                 raise EngineDead(DIED) from error
-            _log.info("Adapters are not read ahead: %s", _reason(error))
+            _log.info(_NOT_AHEAD, _reason(error))
             return None
         if any(ids is None for ids in read):
+            _log.info(_NOT_AHEAD, "this release of vLLM reads them in another place")
             return None
         return [i for i in read[0] if all(i in ids for ids in read)]
 
