@@ -10,15 +10,15 @@ those of an idle engine, medians over a few adapters:
 - fetch: from the store to the worker's disk, every byte verified. A prefetch has done it before.
 - disk_cold: from the disk, the files dropped from the system's page cache before.
 - disk: from files in the page cache. What a load costs after a prefetch.
+- ahead: the engine has read it ahead into locked memory.
 - cpu: the engine has it in memory, but in no slot.
-- ahead: from files in the page cache, read ahead into locked memory while the engine idled.
 - slot: it has a slot.
 
 Then the same jobs go through the whole drain over 8 adapters in 8 slots, over 24 that the engine
 has to read from the disk without and with reading ahead, and over the same 24 from its memory.
 `switch_ms` is what a switch added to the run, `load_ms` how long the drain waited for the engine,
-which takes no load inside a step. Every figure is a line of JSON; the ratios of
-the drains come last.
+which takes no load inside a step. Every figure is a line of JSON; the ratios of the drains come
+last.
 """
 
 import argparse
@@ -35,7 +35,8 @@ from typing import Any, Final
 import uvloop
 
 from benchmarks.bare import report
-from benchmarks.engine_ratio import Bench, register, run_drain
+from benchmarks.drained import Bench, register
+from benchmarks.engine_ratio import run_drain
 from benchmarks.engine_rows import Row
 from benchmarks.servers import running_servers
 from benchmarks.workload import ENGINE_FLAGS, Work, make_adapters, make_model, requests

@@ -17,64 +17,32 @@ printed at once, the medians last; a ratio is that of a row's run to the bare ru
 """
 
 import argparse
-import asyncio
 import json
 import random
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import orjson
 import uvloop
 
 from benchmarks.bare import bare_run, report
+from benchmarks.drained import Bench, clear, drained
 from benchmarks.engine_rows import BARE_AGAIN, ROWS, Row
 from benchmarks.servers import running_servers
-from benchmarks.trace import trace
 from benchmarks.workload import ENGINE_FLAGS, Work, make_adapters, make_model, requests
-from core.ids import new_id
 from core.settings import Settings
-from db import adapters as registered
-from db import registry, workers
-from db.bulk import submit_many
+from db import registry
 from db.database import Database
-from db.doorbell import Doorbell
-from db.jobs import NewJob
 from db.migrate import upgrade
 from db.store import Store
-from db.tenants import DEFAULT_TENANT_ID
-from db.workers import WorkerFacts
-from workers.adapter_files import AdapterFiles
-from workers.drain.core import DrainCore
 from workers.engine.vllm_engine import VllmEngine
-from workers.metrics import DrainMetrics
 
 #: What is measured where nothing is named: all but zipf, which needs more slots.
 DEFAULT_ROWS = ("none", "one", "eight", "barrier", "thirtytwo")
-#: The doorbell of a benchmark rings nowhere: the drain looks by itself.
-NO_BROKER = "memory://"
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """An engine with its adapters, and a database that knows them."""
-
-    engine: VllmEngine
-    database: Database
-    store: Store
-    base_model_id: int
-    folders: Sequence[Path]
-    cache: Path
-    registered: set[int] = field(default_factory=set)
-
-    def folder(self, adapter: int) -> Path:
-        """The weights of an adapter; more names than files share them."""
-        return self.folders[adapter % len(self.folders)]
 
 
 def main() -> None:
@@ -169,127 +137,17 @@ async def run_bare(bench: Bench, row: Row, work: Sequence[Work]) -> float:
 
 
 async def run_drain(
-    bench: Bench, row: Row, work: Sequence[Work], traced: Path | None = None
+    bench: Bench, row: Row, work: Sequence[Work], trace: Path | None = None
 ) -> tuple[float, dict[str, Any]]:
     """Output tokens per second of the drain on a row, and what it cost."""
-    await queue(bench, row, work)
-    settings = Settings(grace_seconds=600)
-    facts = WorkerFacts(bench.base_model_id, "bench", 1, "vllm", "", {})
-    worker_id = await workers.register(bench.database, facts, settings.lease_seconds)
-    doorbell = Doorbell(NO_BROKER)
-    metrics = DrainMetrics()
-    core = DrainCore(
-        database=bench.database,
-        engine=bench.engine,
-        files=AdapterFiles(bench.database, bench.store, bench.cache),
-        doorbell=doorbell,
-        settings=settings,
-        worker_id=worker_id,
-        base_model_id=bench.base_model_id,
-        metrics=metrics,
-    )
-    if row.barrier:
-        with_barrier(core, row.barrier)
-    started = time.perf_counter()
-    task = asyncio.create_task(core.run())
-    tracing = asyncio.create_task(trace(core, bench.engine, row.name, traced)) if traced else None
-    while core.recorder.recorded < len(work):
-        await asyncio.sleep(0.01)
-        if task.done():
-            task.result()
-    seconds = time.perf_counter() - started
-    spent = metrics.seconds
-    if tracing:
-        tracing.cancel()
-    core.stop()
-    await task
-    doorbell.close()
+    run = await drained(bench, row, work, trace=trace)
     states = await bench.database.fetch_value(
         "SELECT json_object_agg(state, n)::text FROM"
         " (SELECT state, count(*) n FROM jobs GROUP BY state) s"
     )
     await clear(bench)
-    cost = {
-        "s": round(seconds, 1),
-        "loads": core.slots.loads,
-        "load_s": round(core.slots.load_seconds, 2),
-        # shares of the run with fewer than max_num_seqs jobs in the engine: with work to feed it;
-        # with none but such as lacked a slot; while an adapter was loaded
-        "starved": round(spent.starved / seconds, 4),
-        "slot_bound": round(spent.slot_bound / seconds, 4),
-        "load_stalled": round(spent.load_stalled / seconds, 4),
-        "states": json.loads(states),
-    }
-    return sum(request.output_tokens for request in work) / seconds, cost
-
-
-async def queue(bench: Bench, row: Row, work: Sequence[Work]) -> None:
-    """Put a row's jobs into Postgres, adapters registered."""
-    targets = {}
-    for which in sorted({row.adapter_of(i) for i in range(len(work))}):
-        model = bench.engine.info.base_model if which < 0 else f"a{which}"
-        if which >= 0:
-            await register(bench, which)
-        async with bench.database.connection() as connection:
-            targets[which] = await registry.resolve(connection, DEFAULT_TENANT_ID, model)
-    jobs = []
-    for number, request in enumerate(work):
-        job_id = new_id()
-        body = {
-            "prompt": request.prompt,
-            "max_tokens": request.output_tokens,
-            "temperature": 0.8,
-            "ignore_eos": True,
-        }
-        target = targets[row.adapter_of(number)]
-        jobs.append(
-            NewJob(
-                id=job_id,
-                tenant_id=DEFAULT_TENANT_ID,
-                target=target,
-                endpoint="completion",
-                model=target.adapter or target.base_model,
-                body=orjson.dumps(body).decode(),
-                priority=0,
-                place=job_id.int >> 80,
-                tokens=len(request.prompt) + request.output_tokens,
-            )
-        )
-    await submit_many(bench.database, jobs)
-
-
-async def register(bench: Bench, which: int) -> None:
-    """Make adapter number `which` known, once: it reads every byte of its files. Versions of equal
-    files share an address, not an id."""
-    if which in bench.registered:
-        return
-    bench.registered.add(which)
-    await registered.register_ready(
-        bench.database,
-        bench.store,
-        tenant="default",
-        base_model=bench.engine.info.base_model,
-        name=f"a{which}",
-        folder=bench.folder(which),
-    )
-
-
-async def clear(bench: Bench) -> None:
-    """Empty the tables between rows, and forget what the engine holds."""
-    async with bench.database.connection() as connection:
-        await connection.execute("TRUNCATE jobs, job_inputs, job_outputs, waiting_adapters")
-
-
-def with_barrier(core: DrainCore, most: int) -> None:
-    """Make the drain wait for everything in the engine before it claims again, `most` at once."""
-    feeder = type(core.feeder)
-
-    class Barrier(feeder):  # type: ignore[valid-type, misc]
-        @property
-        def free(self) -> int:
-            return min(most, self.window.size) if self.running == 0 else 0
-
-    core.feeder.__class__ = Barrier
+    loading = {"load_s": round(run.core.slots.load_seconds, 2), "states": json.loads(states)}
+    return run.rate, run.facts | loading
 
 
 def on_gpu(options: argparse.Namespace) -> tuple[list[str], Path, list[Path]]:

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,9 +14,22 @@ from workers.engine.protocol import Engine
 INTERVAL_SECONDS: Final = 0.2
 
 
-async def trace(core: DrainCore, engine: Engine, row: str, path: Path) -> None:
-    """Append samples for ever: seconds, tokens made and worked on so far, jobs and adapters in the
-    engine, loads so far and their seconds, and which adapter is folded."""
+@asynccontextmanager
+async def traced(
+    core: DrainCore, engine: Engine, row: str, path: Path | None
+) -> AsyncIterator[None]:
+    """Append samples to a file as long as this lasts; nothing without a file."""
+    sampling = asyncio.create_task(_sample(core, engine, row, path)) if path else None
+    try:
+        yield
+    finally:
+        if sampling:
+            sampling.cancel()
+
+
+async def _sample(core: DrainCore, engine: Engine, row: str, path: Path) -> None:
+    """Seconds; tokens made and worked on since the engine's start; jobs and adapters in the engine;
+    loads and their seconds; which adapter version is folded."""
     started = time.perf_counter()
     with path.open("a") as file:
         while True:

@@ -142,13 +142,17 @@ class VllmEngine:
     def read_ahead(self, adapters: Sequence[LocalAdapter]) -> None:
         """Read adapters while the engine computes; see `Engine`."""
         self._wanted_ahead = tuple(adapters)
-        if self._reading is None or self._reading.done():
+        if self._must_tell_ahead and (self._reading is None or self._reading.done()):
             self._reading = asyncio.create_task(self._read_ahead())
+
+    @property
+    def _must_tell_ahead(self) -> bool:
+        return self._can_read_ahead and self._wanted_ahead != self._told_ahead
 
     async def _read_ahead(self) -> None:
         """Tell the workers what is wanted, one call after another, as long as it changes."""
         with contextlib.suppress(EngineDead):  # others say so
-            while self._can_read_ahead and self._wanted_ahead != self._told_ahead:
+            while self._must_tell_ahead:
                 self._told_ahead = self._wanted_ahead
                 read = await self._unless_over(self._alive().read_ahead(self._told_ahead))
                 self._can_read_ahead = read is not None

@@ -78,13 +78,15 @@ class _Reader:
         if getattr(self._device, "type", "cpu") == "cuda":
             torch.cuda.set_device(self._device)  # memory is locked through the rank's own GPU
         while True:
-            request, future = self._wanted.get()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(self._read(request))
-            except BaseException as error:  # whatever a broken file makes vLLM raise
-                future.set_exception(error)
+            self._read_into(*self._wanted.get())
+
+    def _read_into(self, request: Any, future: "Future[Any]") -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(self._read(request))
+        except BaseException as error:  # whatever a broken file makes vLLM raise
+            future.set_exception(error)
 
 
 def _succeeded(future: Future[Any]) -> bool:
