@@ -106,7 +106,7 @@ async def drained(
         with_barrier(core, row.barrier)
     started = time.perf_counter()
     task = asyncio.create_task(core.run())
-    async with traced(core, bench.engine, row.name, trace):
+    async with traced(bench.engine, row.name, trace, core):
         while core.recorder.recorded < len(work):
             await asyncio.sleep(0.01)
             if task.done():

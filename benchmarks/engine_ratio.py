@@ -33,6 +33,7 @@ from benchmarks.bare import bare_run, report
 from benchmarks.drained import Bench, clear, drained
 from benchmarks.engine_rows import BARE_AGAIN, ROWS, Row
 from benchmarks.servers import running_servers
+from benchmarks.trace import traced
 from benchmarks.workload import ENGINE_FLAGS, Work, make_adapters, make_model, requests
 from core.settings import Settings
 from db import registry
@@ -86,7 +87,8 @@ async def measure(bench: Bench, options: argparse.Namespace) -> None:
             row = ROWS[name]
             if (row.against, row.jobs) not in bare:
                 work = requests_for(options, row.jobs)
-                rate = await run_bare(bench, ROWS[row.against], work)
+                async with traced(bench.engine, f"bare {row.against}", options.trace):
+                    rate = await run_bare(bench, ROWS[row.against], work)
                 bare[row.against, row.jobs] = rate
                 report(name=f"bare {row.against}", jobs=len(work), out_tok_s=round(rate))
             rate, facts = await run_drain(
@@ -178,7 +180,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--folder", default="/tmp/lorry-bench")
-    parser.add_argument("--trace", type=Path, help="write what the drains did over time to it")
+    parser.add_argument("--trace", type=Path, help="write what the runs did over time to it")
     options = parser.parse_args()
     options.rows = options.rows or (["demo"] if options.cpu else list(DEFAULT_ROWS))
     if unknown := set(options.rows) - ROWS.keys() - BARE_AGAIN.keys():

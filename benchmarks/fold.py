@@ -5,7 +5,7 @@ r"""Folding against not folding: the same jobs, the same engine, the same run.
     python -m benchmarks.fold --cpu --flags \
         "--worker-extension-cls tests.support.unpacked_cpu.UnpackedFold" one:60     (the demo)
 
-Rows, run in the order given on one engine; JOBS is how many of each adapter:
+Rows, run in the order given on one engine, again if named again; JOBS is how many of each adapter:
 
     times         what restoring and folding take, with each kind of copy, idle and under load
     bare-one      the bare engine with LoRA, one adapter        bare-eight  eight, interleaved
@@ -125,7 +125,7 @@ async def measure(bench: Bench, options: argparse.Namespace, began: float) -> No
             await times(bench)
             continue
         for one in filter(None, (rows[name].against, name)):
-            if one in rates:
+            if one in rates and one != name:
                 continue
             row = rows[one]
             work = requests_for(options, row.row.jobs)

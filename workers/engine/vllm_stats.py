@@ -11,11 +11,17 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 
 class WorkCount:
-    """Tokens the core has worked on, prompts included, and those it made; they only rise."""
+    """Tokens the core has worked on, prompts included, and those it made; they only rise.
+
+    And how many requests were in the last step that was heard of, and waited for one, as the core
+    itself counts them.
+    """
 
     def __init__(self) -> None:
         self.value = 0
         self.made = 0
+        self.in_step = 0
+        self.waiting = 0
 
     def logger_factory(self) -> Callable[..., StatLoggerBase]:
         """What `AsyncLLM` takes in `stat_loggers`."""
@@ -37,6 +43,9 @@ class _WorkLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM is not type-che
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
+        if scheduler_stats is not None:
+            self._count.in_step = scheduler_stats.num_running_reqs
+            self._count.waiting = scheduler_stats.num_waiting_reqs
         tokens = 0
         if iteration_stats is not None:
             self._count.made += iteration_stats.num_generation_tokens
