@@ -158,7 +158,8 @@ def on_gpu(options: argparse.Namespace) -> tuple[list[str], Path, list[Path]]:
     folder = Path(options.folder)
     model = make_model(folder / "model")
     adapters = make_adapters(folder / "adapters", 32)
-    return [*ENGINE_FLAGS, "--max-loras", str(slots), "--max-cpu-loras", "64"], model, adapters
+    flags = [*ENGINE_FLAGS, "--max-loras", str(slots), "--max-cpu-loras", "64", *options.flags]
+    return flags, model, adapters
 
 
 def on_cpu() -> tuple[list[str], Path, list[Path]]:
@@ -181,7 +182,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--folder", default="/tmp/lorry-bench")
     parser.add_argument("--trace", type=Path, help="write what the runs did over time to it")
+    parser.add_argument("--flags", default="", help="more flags for the engine, in one argument")
     options = parser.parse_args()
+    options.flags = options.flags.split()
     options.rows = options.rows or (["demo"] if options.cpu else list(DEFAULT_ROWS))
     if unknown := set(options.rows) - ROWS.keys() - BARE_AGAIN.keys():
         parser.error(f"unknown row {', '.join(sorted(unknown))}")

@@ -163,6 +163,8 @@ async def drain(
     fold = row.kind == "folded"
     run = await drained(bench, row.row, work, speed=options.speed, fold=fold, trace=options.trace)
     await clear(bench)
+    if run.core.feeder.folding.folded is not None:  # the next bare run would wait for ever
+        await bench.engine.fold(None)
     for version in run.core.slots.resident:  # the next run loads its own
         await bench.engine.remove_adapter(version)
     return run.rate, run.facts | {

@@ -1,6 +1,7 @@
 """vLLM's flags: Lorry's defaults under them, and what is refused before anything is loaded."""
 
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,30 @@ def test_adapters_are_on_unless_a_flag_says_otherwise(model: Path) -> None:
     assert args.max_cpu_loras == 16
     assert _flags(model, "--max-loras", "3").args.max_cpu_loras == 6
     assert _flags(model, "--no-enable-lora").args.enable_lora is False
+
+
+def test_graphs_are_captured_for_full_steps_that_take_in_prompts(model: Path) -> None:
+    gpu = "--no-enforce-eager"  # as where there is a GPU
+    assert _flags(model).args.cudagraph_capture_sizes is None  # eager: none to capture
+    sizes = _flags(model, gpu).args.cudagraph_capture_sizes
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] == 1 and sizes[-1] == 2048
+    gaps = pairwise(sizes[3:])
+    assert all(after - size <= max(8, size // 8) for size, after in gaps)  # little padding
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--max-cudagraph-capture-size", "64"],
+        ["--compilation-config", '{"max_cudagraph_capture_size": 64}'],
+        ["--compilation-config", '{"cudagraph_capture_sizes": [1, 64]}'],
+    ],
+)
+def test_graphs_of_the_operators_own_stay(model: Path, flags: list[str]) -> None:
+    assert _flags(model, "--no-enforce-eager", *flags).args.cudagraph_capture_sizes is None
+    own = _flags(model, "--no-enforce-eager", "--cudagraph-capture-sizes", "1", "64")
+    assert own.args.cudagraph_capture_sizes == [1, 64]
 
 
 def test_the_outside_name_is_the_served_one_or_the_folders(model: Path) -> None:

@@ -25,6 +25,11 @@ _ON_CPU: dict[str, Any] = {
     "distributed_executor_backend": "uni",
     "max_num_seqs": 64,
 }
+#: Tokens of a step that CUDA graphs are captured for. vLLM's own end at 512: a full step of 256
+#: sequences in which two prompts begin has more, and then launches every kernel from Python, which
+#: halved the rate of an H100 (benchmarks/RESULTS.md). vLLM drops those beyond a step's most tokens.
+_GRAPH_SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 512, 32), *range(512, 1024, 64),
+                *range(1024, 2049, 128)]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ def parse_flags(model: str, flags: Sequence[str], *, fold: bool = False) -> Engi
     parsed = _parse(model, flags)
     _refuse_unsafe(parsed, model)
     _settle_slots(parsed)
+    _settle_graphs(parsed)
     fold_refusal = _fold_refusal(parsed) if fold else "folding is off (--fold off)"
     if fold_refusal is None:
         parsed.scheduler_cls = "workers.engine.vllm_fold_scheduler.fold_scheduler"
@@ -146,6 +152,22 @@ def _settle_slots(parsed: Namespace) -> None:
             f"--max-cpu-loras {parsed.max_cpu_loras} is below twice --max-loras ({enough}): an "
             "adapter dropped from there is read from disk while jobs wait. Raise it or leave it out"
         )
+
+
+def _settle_graphs(parsed: Namespace) -> None:
+    """Capture graphs for larger steps than vLLM does by itself, unless flags say which."""
+    compilation = parsed.compilation_config
+    said = (
+        parsed.enforce_eager,
+        parsed.cudagraph_capture_sizes,
+        parsed.max_cudagraph_capture_size,
+        getattr(compilation, "cudagraph_capture_sizes", None),
+        getattr(compilation, "max_cudagraph_capture_size", None),
+        parsed.speculative_config,  # its steps need multiples of their own
+        getattr(parsed, "performance_mode", None) == "interactivity",  # has sizes of its own
+    )
+    if not any(said):
+        parsed.cudagraph_capture_sizes = list(_GRAPH_SIZES)
 
 
 def _fold_refusal(parsed: Namespace) -> str | None:
