@@ -7,10 +7,10 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import vllm
 from vllm.inputs import tokens_input
@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 DIED = "the engine's core process has died; its own messages say why"
 _GRACE_SECONDS = 2.0
 _NOT_AHEAD = "Adapters are not read ahead: %s"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,10 @@ class ResidentAdapter:
 
 class RequestFailedError(Exception):
     """The engine failed at one request and lives on."""
+
+
+class _CallFailedError(Exception):
+    """The core failed at a call and lives on; its message says why."""
 
 
 class VllmCalls:
@@ -194,15 +199,11 @@ class VllmCalls:
         template = await asyncio.to_thread(_chat_template, adapter, folder)
         request = LoRARequest(adapter.lora_name, adapter.lora_int_id, adapter.path)
         try:
-            added = await self._llm.add_lora(request)
-        except EngineDeadError as error:
-            raise EngineDead(DIED) from error
-        except Exception as error:  # the core sends any kind of error back
-            if self.dead:
-                raise EngineDead(DIED) from error
+            added = await self._call(self._llm.add_lora(request))
+        except _CallFailedError as error:
             # It may be half in: vLLM would call it loaded the next time.
             await self.remove(adapter.lora_int_id)
-            raise AdapterLoadError(_reason(error)) from error
+            raise AdapterLoadError(str(error)) from error
         if not added:
             raise AdapterLoadError(f"vLLM did not take adapter {adapter.lora_name}")
         return ResidentAdapter(request, template, end_token(folder, self.tokenizer))
@@ -222,13 +223,9 @@ class VllmCalls:
                 await asyncio.to_thread(preflight, adapter)
                 named.append((adapter.lora_int_id, adapter.lora_name, adapter.path))
         try:
-            read = await self._llm.collective_rpc("lorry_read_ahead", args=(named,))
-        except EngineDeadError as error:
-            raise EngineDead(DIED) from error
-        except Exception as error:  # the core sends any kind of error back
-            if self.dead:
-                raise EngineDead(DIED) from error
-            _log.info(_NOT_AHEAD, _reason(error))
+            read = await self._call(self._llm.collective_rpc("lorry_read_ahead", args=(named,)))
+        except _CallFailedError as error:
+            _log.info(_NOT_AHEAD, error)
             return None
         if any(ids is None for ids in read):
             _log.info(_NOT_AHEAD, "this release of vLLM reads them in another place")
@@ -251,13 +248,9 @@ class VllmCalls:
             EngineDead: the engine has died.
         """
         try:
-            pinned = await self._llm.pin_lora(lora_int_id)
-        except EngineDeadError as error:
-            raise EngineDead(DIED) from error
-        except Exception as error:  # the core sends any kind of error back
-            if self.dead:
-                raise EngineDead(DIED) from error
-            raise AdapterLoadError(_reason(error)) from error
+            pinned = await self._call(self._llm.pin_lora(lora_int_id))
+        except _CallFailedError as error:
+            raise AdapterLoadError(str(error)) from error
         if not pinned:
             raise AdapterLoadError(f"vLLM did not pin adapter {lora_int_id}")
 
@@ -285,14 +278,11 @@ class VllmCalls:
         """
         if self.fold_refusal:
             raise FoldRefused(self.fold_refusal)
+        core = self._llm.engine_core
         try:
-            made = await self._llm.engine_core.call_utility_async("lorry_fold_prepare", copy)
-        except EngineDeadError as error:
-            raise EngineDead(DIED) from error
-        except Exception as error:  # the core sends any kind of error back
-            if self.dead:
-                raise EngineDead(DIED) from error
-            raise FoldRefused(_reason(error)) from error
+            made = await self._call(core.call_utility_async("lorry_fold_prepare", copy))
+        except _CallFailedError as error:
+            raise FoldRefused(str(error)) from error
         if "refused" in made:
             raise FoldRefused(made["refused"])
         _log.info("Ready to fold", extra={"action": "fold_ready", **made})
@@ -306,12 +296,11 @@ class VllmCalls:
             EngineDead: the engine has died, or the change went wrong: nothing that it computed
                 from then on may be believed.
         """
+        core = self._llm.engine_core
         try:
-            made = await self._llm.engine_core.call_utility_async("lorry_fold", lora_int_id)
-        except EngineDeadError as error:
-            raise EngineDead(DIED) from error
-        except Exception as error:  # the core sends any kind of error back
-            raise EngineDead(f"a fold went wrong half-way: {_reason(error)}") from error
+            made = await self._call(core.call_utility_async("lorry_fold", lora_int_id))
+        except _CallFailedError as error:
+            raise EngineDead(f"a fold went wrong half-way: {error}") from error
         if "refused" in made:
             raise FoldRefused(made["refused"])
         return FoldTimes(made["restore"], made["fold"], made["pause"])
@@ -320,6 +309,22 @@ class VllmCalls:
         """A fingerprint of the weights that folding touches, of each rank (tests, benchmarks)."""
         digests: list[str] = await self._llm.engine_core.call_utility_async("lorry_fold_digest")
         return digests
+
+    async def _call(self, call: Awaitable[_T]) -> _T:
+        """Await an answer of the core, which sends any kind of error back.
+
+        Raises:
+            _CallFailedError: it failed, and the core lives on.
+            EngineDead: the engine has died.
+        """
+        try:
+            return await call
+        except EngineDeadError as error:
+            raise EngineDead(DIED) from error
+        except Exception as error:
+            if self.dead:
+                raise EngineDead(DIED) from error
+            raise _CallFailedError(_reason(error)) from error
 
     async def listen(self) -> None:
         """Read the core's messages on the running loop from now on, not from the first request;
