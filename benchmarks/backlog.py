@@ -59,21 +59,25 @@ def body(number: int) -> str:
 
 def new_jobs(count: int, targets: Sequence[Target]) -> list[NewJob]:
     """Jobs spread over the targets one after another."""
-    jobs = []
-    for number in range(count):
-        job_id = new_id()
-        target = targets[number % len(targets)]
-        jobs.append(
-            NewJob(
-                id=job_id,
-                tenant_id=DEFAULT_TENANT_ID,
-                target=target,
-                endpoint="completion",
-                model=str(target.adapter),
-                body=body(number),
-                priority=0,
-                place=place_in_line(job_id.int >> 80, 0),
-                tokens=32,
-            )
-        )
-    return jobs
+    return [new_job(targets[n % len(targets)], body(n), tokens=32) for n in range(count)]
+
+
+def new_job(target: Target, request: str, tokens: int) -> NewJob:
+    """A job of the default tenant, at its place in line.
+
+    Args:
+        request: its body, as JSON.
+        tokens: of its prompt and its answer, as the planner counts them.
+    """
+    job_id = new_id()
+    return NewJob(
+        id=job_id,
+        tenant_id=DEFAULT_TENANT_ID,
+        target=target,
+        endpoint="completion",
+        model=target.adapter or target.base_model,
+        body=request,
+        priority=0,
+        place=place_in_line(job_id.int >> 80, 0),
+        tokens=tokens,
+    )

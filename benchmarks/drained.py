@@ -11,17 +11,16 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
+from benchmarks.backlog import new_job
 from benchmarks.engine_rows import Row
 from benchmarks.trace import traced
 from benchmarks.workload import Work
-from core.ids import new_id
 from core.settings import Settings
 from db import adapters as registered
 from db import registry, workers
 from db.bulk import submit_many
 from db.database import Database
 from db.doorbell import Doorbell
-from db.jobs import NewJob
 from db.store import Store
 from db.tenants import DEFAULT_TENANT_ID
 from db.workers import WorkerFacts
@@ -141,27 +140,15 @@ async def queue(bench: Bench, row: Row, work: Sequence[Work]) -> None:
             targets[which] = await registry.resolve(connection, DEFAULT_TENANT_ID, model)
     jobs = []
     for number, request in enumerate(work):
-        job_id = new_id()
         body = {
             "prompt": request.prompt,
             "max_tokens": request.output_tokens,
             "temperature": 0.8,
             "ignore_eos": True,
         }
+        tokens = len(request.prompt) + request.output_tokens
         target = targets[row.adapter_of(number)]
-        jobs.append(
-            NewJob(
-                id=job_id,
-                tenant_id=DEFAULT_TENANT_ID,
-                target=target,
-                endpoint="completion",
-                model=target.adapter or target.base_model,
-                body=orjson.dumps(body).decode(),
-                priority=0,
-                place=job_id.int >> 80,
-                tokens=len(request.prompt) + request.output_tokens,
-            )
-        )
+        jobs.append(new_job(target, orjson.dumps(body).decode(), tokens))
     await submit_many(bench.database, jobs)
 
 
@@ -182,7 +169,7 @@ async def register(bench: Bench, which: int) -> None:
 
 
 async def clear(bench: Bench) -> None:
-    """Empty the tables between rows, and forget what the engine holds."""
+    """Empty the tables of jobs between rows."""
     async with bench.database.connection() as connection:
         await connection.execute("TRUNCATE jobs, job_inputs, job_outputs, waiting_adapters")
 
