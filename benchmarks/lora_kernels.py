@@ -3,7 +3,7 @@
     python -m benchmarks.lora_kernels [--out FILE] [--budget SECONDS]             (a GPU)
 
 Every configuration of a grid is timed on the layers of an 8B-shaped Llama at rank 16, for steps of
-16 to 2,048 tokens and for 8 and 32 slots: once with all tokens of one adapter, and once spread
+16 to 2,048 tokens and for 8, 16 and 32 slots: once with all tokens of one adapter, and once spread
 evenly over as many as there are slots. What makes the sum of both least is kept, and vLLM's own
 configuration where nothing is faster. Each time is of launches inside a CUDA graph, over the
 weights of several layers in turn, so that they do not lie in the cache. A line of JSON for each
@@ -37,7 +37,7 @@ LAYERS: Final = {
 #: `expand` knows a layer by its slices and outputs, and so `o` and `down` as one.
 MEASURED: Final = {"expand": ("qkv", "o", "gate_up"), "shrink": tuple(LAYERS)}
 TOKENS: Final = (16, 64, 128, 256, 512, 768, 1024, 2048)
-SLOTS: Final = (8, 32)
+SLOTS: Final = (8, 16, 32)
 #: A rank that is not measured, and keeps vLLM's own: it takes the nearest one of the file.
 LARGE_RANK: Final = 64
 #: Layers whose weights are used in turn.
@@ -217,6 +217,12 @@ def own_config(kernel: str, bench: Bench, tokens: int, rank: int) -> Config:
     return found
 
 
+def tiles_of(config: Config | None) -> list[int]:
+    """What differs between configurations, for a line; nothing of vLLM's own."""
+    names = ("block_m", "block_n", "block_k", "split_k", "num_warps")
+    return [config[name] for name in names if name in config] if config else []
+
+
 def put(found: Config, kernel: str, bench: Bench, tokens: int, rank: int, config: Config) -> None:
     """Write a configuration down where vLLM looks for it."""
     sizes = (bench.inputs, rank) if kernel == "shrink" else (rank, max(bench.outputs))
@@ -234,7 +240,7 @@ def measure(out: Path, budget: float) -> None:
     for slots, layer in itertools.product(SLOTS, LAYERS):
         bench = Bench(layer, slots)
         for kernel in (name for name, layers in MEASURED.items() if layer in layers):
-            line: dict[str, list[float]] = {}
+            line: dict[str, list[Any]] = {}
             for tokens in TOKENS:
                 if time.perf_counter() - began > budget:
                     continue
@@ -246,10 +252,10 @@ def measure(out: Path, budget: float) -> None:
                     (LARGE_RANK, own_config(kernel, bench, tokens, LARGE_RANK)),
                 ):
                     put(found[kernel], kernel, bench, tokens, rank, config)
-                line[str(tokens)] = [round(us, 1) for us in (*own, least)]
+                line[str(tokens)] = [*(round(us, 1) for us in (*own, least)), *tiles_of(best)]
                 totals[0] += sum(own)
                 totals[1] += least
-            report(name=f"{kernel} {layer}", slots=slots, own_one_own_all_best_sum_us=line)
+            report(name=f"{kernel} {layer}", slots=slots, own_one_own_all_best_sum_us_tiles=line)
             out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     report(name="tuned / vLLM's own, all times added up", ratio=round(totals[1] / totals[0], 3))
 

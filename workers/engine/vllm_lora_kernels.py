@@ -10,6 +10,7 @@ Import it only in vLLM's worker process.
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,13 +40,19 @@ def use_tuned_kernels() -> None:
         _log.info("this release takes no tile sizes for LoRA's kernels: left as it is")
         return
 
+    utils.load_lora_op_config = loader(own, torch.cuda.get_device_name)
+
+
+def loader(own: Callable[..., Any], gpu: Callable[[], str]) -> Callable[..., Any]:
+    """In place of vLLM's `load_lora_op_config`: what is measured for a GPU and a kernel, or what
+    vLLM has (`own`)."""
+
     @functools.cache
     def load(op_type: str, add_inputs: bool | None) -> Any:
-        if op_type == "shrink" or (op_type == "expand" and add_inputs):
-            return tuned(torch.cuda.get_device_name()).get(op_type) or own(op_type, add_inputs)
-        return own(op_type, add_inputs)
+        measured = op_type == "shrink" or (op_type == "expand" and add_inputs)
+        return (measured and tuned(gpu()).get(op_type)) or own(op_type, add_inputs)
 
-    utils.load_lora_op_config = load
+    return load
 
 
 def tuned(gpu: str) -> dict[str, Any]:
