@@ -44,6 +44,14 @@ def test_the_kernels_are_told_what_vllm_would_tell_them(
             assert getattr(ours, name).tolist() == getattr(theirs, name).tolist(), name
 
 
+def test_this_release_is_one_that_is_known() -> None:
+    from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
+
+    from workers.engine.vllm_lora_steps import _is_known
+
+    assert _is_known(LoRAKernelMeta)
+
+
 def test_tokens_take_the_slots_of_their_adapters() -> None:
     from workers.engine.vllm_lora_steps import slots_of
 

@@ -4,12 +4,13 @@ The kernels take, for a step's tokens and for its samples: each one's slot, thei
 slots that occur, how many each has, and where each begins. vLLM makes these with `torch.sort` and
 `torch.unique` on the GPU, from a mapping that it has on the host, and waits for the GPU several
 times for that: `torch.unique` must know how many there are. So a step is not prepared while the one
-before it computes, although the scheduler is asynchronous (0.32 notes it as still to be done). Here
-the same tensors come from numpy. A GPU was busy for 97 instead of 90 % of the time with it.
+before it computes, although the scheduler is asynchronous (vllm-project/vllm#53309 would mend it).
+Here the same tensors come from numpy. A GPU was busy for 97 instead of 90 % of the time with it.
 
 Import it only in vLLM's worker process.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -40,11 +41,17 @@ def prepare_on_host() -> None:
     from vllm.lora.ops.triton_ops import LoRAKernelMeta
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-    known = set(TENSORS) | {"captured_lora_counts"} <= LoRAKernelMeta.__dataclass_fields__.keys()
-    if known and hasattr(PunicaWrapperGPU, "_update_base_metadata"):
+    if _is_known(LoRAKernelMeta) and hasattr(PunicaWrapperGPU, "_update_base_metadata"):
         PunicaWrapperGPU.update_metadata = update_metadata
     else:
         _log.info("this release prepares LoRA's steps otherwise than Lorry knows: left as it is")
+
+
+def _is_known(meta: Any) -> bool:
+    """Whether a release's `LoRAKernelMeta` is filled by `tell`, and filled by itself on the GPU."""
+    fields = set(TENSORS) | {"captured_lora_counts"} <= meta.__dataclass_fields__.keys()
+    takes = list(inspect.signature(meta.prepare_tensors).parameters)
+    return fields and takes == ["self", "token_lora_mapping"]
 
 
 def update_metadata(
