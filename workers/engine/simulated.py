@@ -3,7 +3,6 @@ answer. It keeps time like an engine (so many sequences at once, steps that take
 compute, a pause for every load) and makes up words.
 """
 
-import argparse
 import asyncio
 import heapq
 import itertools
@@ -12,9 +11,8 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Self
 
-from core.errors import UsageError
 from core.generation import Aborted, Choice, Completion, Outcome
 from workers.engine.protocol import (
     AdapterLoadError,
@@ -30,6 +28,7 @@ from workers.engine.protocol import (
 )
 from workers.engine.simulated_answers import answer
 from workers.engine.simulated_clock import StepClock
+from workers.engine.simulated_flags import parse
 
 #: The answer of the no-op mode, one for all.
 _NOOP = Completion([Choice("simulated", "length")], 1, 1)
@@ -137,7 +136,7 @@ class SimulatedEngine:
         Raises:
             UsageError: a flag that the simulated engine does not take.
         """
-        options = _parse(flags)
+        options = parse(flags)
         limits = EngineLimits(
             options.max_model_len,
             options.max_num_seqs,
@@ -379,28 +378,3 @@ def _config_of(adapter: LocalAdapter) -> str:
         return Path(adapter.path, "adapter_config.json").read_text(encoding="utf-8")
     except OSError:
         return ""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"simulated engine: {message}")
-
-
-def _parse(flags: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="simulated engine", add_help=False, allow_abbrev=False)
-    parser.add_argument("--served-model-name")
-    parser.add_argument("--max-model-len", type=int, default=8192)
-    parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument("--max-loras", type=int, default=8)
-    parser.add_argument("--max-cpu-loras", type=int)
-    parser.add_argument("--max-lora-rank", type=int, default=16)
-    parser.add_argument("--sim-step-ms", type=float, default=1.0, help="time of one token")
-    parser.add_argument("--sim-step-ms-per-seq", type=float, default=0.0, help="more a sequence")
-    parser.add_argument("--sim-load-ms", type=float, default=0.0, help="pause for a load")
-    parser.add_argument("--sim-fold-factor", type=float, default=0.75, help="of a folded step")
-    parser.add_argument("--sim-fold-ms", type=float, default=0.0, help="pause for a fold")
-    parser.add_argument("--sim-fold-fails", type=int, help="an adapter whose fold kills the engine")
-    parser.add_argument("--sim-cache-tokens", type=int, default=0, help="what the KV cache holds")
-    parser.add_argument("--sim-die-on", help="die when a body or a probed adapter holds this text")
-    parser.add_argument("--sim-noop", action="store_true", help="one word, at once: for benchmarks")
-    return parser.parse_args(list(flags))

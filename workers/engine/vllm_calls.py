@@ -21,7 +21,6 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from workers.engine.protocol import (
     AdapterLoadError,
     EngineDead,
-    EngineLimits,
     FoldRefused,
     FoldTimes,
     LocalAdapter,
@@ -31,7 +30,8 @@ from workers.engine.vllm_base_slot import (
     keep_last_slot_empty,
     with_extra_slots,
 )
-from workers.engine.vllm_params import BAD_REQUEST, SamplingRules, message_of
+from workers.engine.vllm_facts import VllmFacts
+from workers.engine.vllm_params import BAD_REQUEST, Decoding, message_of
 from workers.engine.vllm_preflight import end_token, preflight
 from workers.engine.vllm_processes import ProcessFamily
 from workers.engine.vllm_render import adapter_chat_template
@@ -91,51 +91,11 @@ class VllmCalls:
         self.tokenizer: Any = self._llm.tokenizer
         # A fast tokenizer decodes in one call what vLLM would decode token by token.
         self.backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
-        self._model = self._llm.vllm_config.model_config
-        self.vocab_size: int = self._model.get_vocab_size()
+        decoding: Decoding = (
+            "none" if self.tokenizer is None else "final" if self.backend else "vllm"
+        )
+        self.facts = VllmFacts.of(self._llm.vllm_config, decoding, self._extra_slots)
         family.look()
-
-    @property
-    def limits(self) -> EngineLimits:
-        """What the engine can hold."""
-        config = self._llm.vllm_config
-        lora = config.lora_config
-        return EngineLimits(
-            max_model_len=self._model.max_model_len,
-            max_num_seqs=config.scheduler_config.max_num_seqs,
-            max_loras=lora.max_loras - self._extra_slots if lora else 0,
-            max_lora_rank=lora.max_lora_rank if lora else 0,
-            cache_tokens=(config.cache_config.num_gpu_blocks or 0)
-            * (config.cache_config.block_size or 0),
-            max_cpu_loras=(lora.max_cpu_loras or 0) - self._extra_slots if lora else 0,
-        )
-
-    @property
-    def rules(self) -> SamplingRules:
-        """How requests are sampled, by the rules of `vllm serve`."""
-        model = self._model
-        defaults = model.get_diff_sampling_param()
-        # A cap is only what the operator set, not what the model's own config suggests.
-        if model.generation_config in ("auto", "vllm"):
-            cap = (model.override_generation_config or {}).get("max_new_tokens")
-        else:
-            cap = defaults.get("max_tokens")
-        return SamplingRules(
-            max_model_len=model.max_model_len,
-            defaults=defaults,
-            max_tokens_cap=cap,
-            decoding="none" if self.tokenizer is None else "final" if self.backend else "vllm",
-        )
-
-    @property
-    def dtype_bytes(self) -> int:
-        """Bytes of one number of the model, and so of an adapter in memory."""
-        return int(self._model.dtype.itemsize)
-
-    @property
-    def hub_revision(self) -> str | None:
-        """The commit that a model from a hub was loaded at."""
-        return getattr(self._model.hf_config, "_commit_hash", None)
 
     @property
     def dead(self) -> bool:
@@ -193,7 +153,7 @@ class VllmCalls:
             AdapterLoadError: it cannot be used; the message says why.
             EngineDead: the engine has died.
         """
-        if not self.limits.max_loras:
+        if not self.facts.limits.max_loras:
             raise AdapterLoadError("adapters are off: the worker runs with --no-enable-lora")
         folder = await asyncio.to_thread(preflight, adapter)
         template = await asyncio.to_thread(_chat_template, adapter, folder)
@@ -234,7 +194,7 @@ class VllmCalls:
 
     async def remove(self, lora_int_id: int) -> None:
         """Free an adapter's slot. Unknown ids are ignored."""
-        if self.limits.max_loras:
+        if self.facts.limits.max_loras:
             try:
                 await self._llm.remove_lora(lora_int_id)
             except EngineDeadError as error:
@@ -254,18 +214,6 @@ class VllmCalls:
         if not pinned:
             raise AdapterLoadError(f"vLLM did not pin adapter {lora_int_id}")
 
-    @property
-    def fold_refusal(self) -> str | None:
-        """Why a model of this kind is not folded; None if that is not known."""
-        model = self._model
-        if getattr(model, "use_mla", False):
-            return "the model computes with weights that are derived from its own (MLA)"
-        if getattr(model, "has_inner_state", False):
-            return "the model keeps a state beside its KV cache"
-        if getattr(model, "is_encoder_decoder", False):
-            return "the model has an encoder of its own"
-        return None
-
     async def prepare_fold(self, copy: str) -> float:
         """Make the engine ready to fold; returns the seconds that restoring takes.
 
@@ -276,8 +224,8 @@ class VllmCalls:
             FoldRefused: it cannot; the message says why.
             EngineDead: the engine has died.
         """
-        if self.fold_refusal:
-            raise FoldRefused(self.fold_refusal)
+        if self.facts.fold_refusal:
+            raise FoldRefused(self.facts.fold_refusal)
         core = self._llm.engine_core
         try:
             made = await self._call(core.call_utility_async("lorry_fold_prepare", copy))
@@ -335,7 +283,9 @@ class VllmCalls:
         with contextlib.suppress(EngineDeadError):
             await self._llm.get_supported_tasks()
             if self._extra_slots:
-                await keep_last_slot_empty(self._llm, self.limits.max_loras + self._extra_slots)
+                await keep_last_slot_empty(
+                    self._llm, self.facts.limits.max_loras + self._extra_slots
+                )
 
     def shutdown(self) -> None:
         """Stop every process of the engine. Blocks for seconds; idempotent."""

@@ -164,7 +164,7 @@ class VllmEngine:
 
     async def probe_adapter(self, adapter: LocalAdapter) -> ProbeResult:
         """Compare a loaded adapter with the base model; see `Engine`."""
-        dtype_bytes = self._alive().dtype_bytes
+        dtype_bytes = self._alive().facts.dtype_bytes
         result = await self._unless_over(probe(self.submit, adapter))
         taken = await asyncio.to_thread(memory_bytes, adapter, dtype_bytes)
         return replace(result, memory_bytes=taken)
@@ -227,8 +227,8 @@ class VllmEngine:
             name="vllm",
             version=self._calls.version,
             base_model=self._flags.base_model,
-            base_revision=self._calls.hub_revision or self._flags.base_revision,
-            limits=self._calls.limits,
+            base_revision=self._calls.facts.hub_revision or self._flags.base_revision,
+            limits=self._calls.facts.limits,
         )
         return self._calls
 

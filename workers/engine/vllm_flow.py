@@ -51,10 +51,10 @@ class RequestFlow:
         self, calls: VllmCalls, chat_template: str | None, died: Callable[[str], None]
     ) -> None:
         self._calls = calls
-        self._rules = calls.rules
+        self._rules = calls.facts.rules
         # A copy: the thread must not meet the loop, which decodes, in one tokenizer.
         tokenizer = copy.deepcopy(calls.tokenizer)
-        self._renderer = PromptRenderer(tokenizer, chat_template, calls.vocab_size)
+        self._renderer = PromptRenderer(tokenizer, chat_template, calls.facts.vocab_size)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lorry-render")
         self._died = died
         self._open: dict[str, _Open] = {}

@@ -34,6 +34,9 @@ class ContextLengthError(ValueError):
     """A prompt and its answer do not fit the model's context; the message has the numbers."""
 
 
+Decoding = Literal["vllm", "final", "none"]
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingRules:
     """What the engine adds to a request's own wishes.
@@ -49,7 +52,7 @@ class SamplingRules:
     max_model_len: int
     defaults: Mapping[str, Any]
     max_tokens_cap: int | None
-    decoding: Literal["vllm", "final", "none"]
+    decoding: Decoding
 
 
 def sampling_params(
