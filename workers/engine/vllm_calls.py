@@ -246,9 +246,11 @@ class VllmCalls:
         """
         core = self._llm.engine_core
         try:
-            made = await self._call(core.call_utility_async("lorry_fold", lora_int_id))
-        except _CallFailedError as error:
-            raise EngineDead(f"a fold went wrong half-way: {error}") from error
+            made = await core.call_utility_async("lorry_fold", lora_int_id)
+        except EngineDeadError as error:
+            raise EngineDead(DIED) from error
+        except Exception as error:  # the core ends after that, and may have ended already
+            raise EngineDead(f"a fold went wrong half-way: {_reason(error)}") from error
         if "refused" in made:
             raise FoldRefused(made["refused"])
         return FoldTimes(made["restore"], made["fold"], made["pause"])
