@@ -38,7 +38,9 @@ demo: setup ## Run the main job: a real engine, four models, 24 prompts over RES
 test: setup ## Run every test (real PostgreSQL, Valkey and vLLM on this machine)
 	@# without vLLM they wait more than they compute: two at a time, each with servers of its own
 	@$(BIN)/python -m pytest -m "not vllm" -n 2 --dist loadfile
-	@$(BIN)/python -m pytest -m vllm
+	@# with it each of two has its own cores; one takes the shared engine (tests/support/spread.py).
+	@# In the order of their names both end at nearly the same time; xdist's own order is by count
+	@$(BIN)/python -m pytest -m vllm -n 2 --dist loadfile --no-loadscope-reorder
 
 # What injects faults without a process of its own lies among the integration tests.
 FAULTS := tests/faults $(patsubst %,tests/integration/test_%.py,doorbells duties_without_broker \

@@ -11,11 +11,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
 
 from db.database import Database
 from db.migrate import upgrade
 from tests.support.scale import Scale
 from tests.support.servers import PostgresServer, ValkeyServer
+from tests.support.spread import SharedEngineScheduling, keep_to_own_cores
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,14 +26,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure() -> None:
-    """Let SIGINT through to the processes that tests start.
+def pytest_configure(config: pytest.Config) -> None:
+    """Let SIGINT through to the processes that tests start, and keep workers apart.
 
     A shell ignores it in its background jobs, and a program inherits that: under `make test &` no
     process of ours could be interrupted.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    keep_to_own_cores(config)  # PyTorch, which tests import, counts them once
+
+
+@pytest.hookimpl(optionalhook=True)  # unknown with `-p no:xdist`
+def pytest_xdist_make_scheduler(
+    config: pytest.Config, log: Producer
+) -> SharedEngineScheduling | None:
+    """Let `--dist loadfile` know of the engine that files share."""
+    by_file = config.getoption("dist") == "loadfile"
+    return SharedEngineScheduling(config, log) if by_file else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
