@@ -7,8 +7,8 @@ Every configuration of a grid is timed on the layers of an 8B-shaped Llama at ra
 evenly over as many as there are slots. What makes the sum of both least is kept, and vLLM's own
 configuration where nothing is faster. Each time is of launches inside a CUDA graph, over the
 weights of several layers in turn, so that they do not lie in the cache. A line of JSON for each
-kernel and layer, then the ratio of all times added up; the file goes to
-`workers/engine/lora_kernels/`, where `vllm_lora_kernels.py` finds it.
+kernel and layer, its times in microseconds, then the ratio of all times added up. The file goes
+where `workers/engine/vllm_lora_kernels.py` finds it.
 """
 
 import argparse
@@ -47,7 +47,7 @@ COMPILERS: Final = 14
 
 
 def grid(kernel: str) -> list[Config]:
-    """What is tried. One warp more or less never mattered as much as the tiles."""
+    """What is tried for `expand` or `shrink`."""
     both = {"num_ctas": 1, "max_nreg": None}
     if kernel == "expand":
         tiles = itertools.product((16, 32, 64), (64, 128, 256), (4, 8))
@@ -204,16 +204,20 @@ def check(bench: Bench, kernel: str, config: Config, tokens: int) -> None:
         raise SystemExit(f"{kernel} at {tokens} tokens goes wrong with {config}")
 
 
-def own_config(kernel: str, bench: Bench, tokens: int, rank: int) -> Config:
+def own_config(kernel: str, layer: str, slots: int, tokens: int, rank: int) -> Config:
     """What vLLM takes by itself."""
-    with_config(None)
     from vllm.lora.ops.triton_ops.utils import get_lora_op_configs
 
-    facts = {"hidden_size": bench.inputs if kernel == "shrink" else max(bench.outputs)}
+    outputs, inputs = LAYERS[layer]
     found: Config = get_lora_op_configs(
-        kernel, max_loras=bench.slots + 1, batch=tokens, rank=rank,
-        num_slices=len(bench.outputs), add_inputs=True, **facts,
-    )  # fmt: skip
+        kernel,
+        max_loras=slots + 1,
+        batch=tokens,
+        hidden_size=inputs if kernel == "shrink" else max(outputs),
+        rank=rank,
+        num_slices=len(outputs),
+        add_inputs=True,
+    )
     return found
 
 
@@ -223,19 +227,22 @@ def tiles_of(config: Config | None) -> list[int]:
     return [config[name] for name in names if name in config] if config else []
 
 
-def put(found: Config, kernel: str, bench: Bench, tokens: int, rank: int, config: Config) -> None:
+def put(
+    found: Config, kernel: str, layer: str, slots: int, tokens: int, rank: int, config: Config
+) -> None:
     """Write a configuration down where vLLM looks for it."""
-    sizes = (bench.inputs, rank) if kernel == "shrink" else (rank, max(bench.outputs))
-    place = found
-    for key in (bench.slots + 1, len(bench.outputs), tokens, sizes[0]):
+    outputs, inputs = LAYERS[layer]
+    summed, made = (inputs, rank) if kernel == "shrink" else (rank, max(outputs))
+    place = found.setdefault(kernel, {})
+    for key in (slots + 1, len(outputs), tokens, summed):
         place = place.setdefault(str(key), {})
-    place[str(sizes[1])] = config
+    place[str(made)] = config
 
 
 def measure(out: Path, budget: float) -> None:
     """Time everything, and write the file."""
     began = time.perf_counter()
-    found: dict[str, Any] = {"expand": {}, "shrink": {}}
+    found: Config = {}
     totals = [0.0, 0.0]
     for slots, layer in itertools.product(SLOTS, LAYERS):
         bench = Bench(layer, slots)
@@ -247,11 +254,10 @@ def measure(out: Path, budget: float) -> None:
                 best, own, least = best_of(bench, kernel, tokens)
                 if best:
                     check(bench, kernel, best, tokens)
-                for rank, config in (
-                    (RANK, best or own_config(kernel, bench, tokens, RANK)),
-                    (LARGE_RANK, own_config(kernel, bench, tokens, LARGE_RANK)),
-                ):
-                    put(found[kernel], kernel, bench, tokens, rank, config)
+                for rank in (RANK, LARGE_RANK):
+                    own_one = own_config(kernel, layer, slots, tokens, rank)
+                    config = best if best and rank == RANK else own_one
+                    put(found, kernel, layer, slots, tokens, rank, config)
                 line[str(tokens)] = [*(round(us, 1) for us in (*own, least)), *tiles_of(best)]
                 totals[0] += sum(own)
                 totals[1] += least
@@ -262,7 +268,7 @@ def measure(out: Path, budget: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("lora_kernels.json"))
+    parser.add_argument("--out", type=Path, help="instead of the place for this GPU")
     parser.add_argument("--budget", type=float, default=600, help="seconds to measure in")
     options = parser.parse_args()
     tried = [(kernel, config) for kernel in MEASURED for config in grid(kernel)]
@@ -271,7 +277,16 @@ def main() -> None:
     with ProcessPoolExecutor(COMPILERS, mp_context=context) as pool:
         list(pool.map(compile_some, [tried[i::COMPILERS] for i in range(COMPILERS)]))
     report(name="compiled", configurations=len(tried), s=round(time.perf_counter() - began, 1))
-    measure(options.out, options.budget)
+    measure(options.out or place_for_this_gpu(), options.budget)
+
+
+def place_for_this_gpu() -> Path:
+    """Where the worker looks."""
+    import torch
+
+    from workers.engine.vllm_lora_kernels import file_of
+
+    return file_of(torch.cuda.get_device_name())
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 import json
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import workers.engine
+from benchmarks.lora_kernels import LARGE_RANK, LAYERS, MEASURED, SLOTS, TOKENS, grid, put
+from benchmarks.workload import RANK
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -68,15 +71,29 @@ def test_what_is_not_measured_stays_as_vllm_has_it(
     assert other("expand", **facts, add_inputs=True)["block_m"] == 64
 
 
-@pytest.mark.parametrize("file", _FILES, ids=lambda file: file.stem)
-def test_a_file_of_ours_has_all_that_a_kernel_asks_for(
-    file: Path, monkeypatch: pytest.MonkeyPatch
+def test_files_have_all_that_a_kernel_asks_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from vllm.lora.ops.triton_ops import utils
 
-    look_up = _look_up(monkeypatch, utils, file.stem)
-    asked = {"block_m", "block_n", "block_k", "num_warps", "num_ctas", "num_stages"}
-    for slots, slices, batch, rank in ((2, 1, 1, 8), (9, 2, 700, 16), (65, 3, 8192, 64)):
-        facts = {"max_loras": slots, "batch": batch, "hidden_size": 2048, "rank": rank}
-        for kernel, more in (("expand", asked), ("shrink", asked | {"split_k"})):
-            assert more <= look_up(kernel, num_slices=slices, add_inputs=True, **facts).keys()
+    from workers.engine import vllm_lora_kernels
+
+    made: dict[str, Any] = {}
+    for slots, layer, tokens, rank in product(SLOTS, LAYERS, TOKENS, (RANK, LARGE_RANK)):
+        for kernel in (kernel for kernel, layers in MEASURED.items() if layer in layers):
+            put(made, kernel, layer, slots, tokens, rank, grid(kernel)[rank == RANK])
+    (tmp_path / "made.json").write_text(json.dumps(made))
+    own = utils.load_lora_op_config
+    for file in (tmp_path / "made.json", *_FILES):
+        monkeypatch.setattr(vllm_lora_kernels, "FOLDER", file.parent)
+        monkeypatch.setattr(utils, "load_lora_op_config", own)
+        look_up = _look_up(monkeypatch, utils, file.stem)
+        for slots, slices, batch, rank in product(
+            (2, 9, 65), (1, 2, 3, 4), (1, 700, 8192), (8, 64)
+        ):
+            facts = {"max_loras": slots, "batch": batch, "hidden_size": 2048, "rank": rank}
+            for kernel in MEASURED:
+                found = look_up(kernel, num_slices=slices, add_inputs=True, **facts)
+                assert found.keys() == grid(kernel)[0].keys(), (file.stem, kernel, facts)
+                if file.stem == "made":  # and a rank finds its own, not that of all
+                    assert found == grid(kernel)[rank < LARGE_RANK]

@@ -21,7 +21,6 @@ from vllm.triton_utils import HAS_TRITON
 
 _log = init_logger(__name__)
 
-#: A file's name is that of the GPU, as torch tells it, with underscores.
 FOLDER: Final = Path(__file__).parent / "lora_kernels"
 
 #: Slices of a packed layer; models have up to four.
@@ -39,7 +38,6 @@ def use_tuned_kernels() -> None:
     if own is None:
         _log.info("this release takes no tile sizes for LoRA's kernels: left as it is")
         return
-
     utils.load_lora_op_config = loader(own, torch.cuda.get_device_name)
 
 
@@ -55,11 +53,16 @@ def loader(own: Callable[..., Any], gpu: Callable[[], str]) -> Callable[..., Any
     return load
 
 
+def file_of(gpu: str) -> Path:
+    """The file for a GPU, by its name as torch tells it: vLLM's own rule."""
+    return FOLDER / f"{gpu.replace(' ', '_').replace('-', '_')}.json"
+
+
 def tuned(gpu: str) -> dict[str, Any]:
     """What is measured for a GPU: by kernel (`expand`, `shrink`), then as vLLM's own files are:
     by the number of slots and one, of slices, of tokens, and by the sizes that are summed over and
     made. Empty for a GPU that was not measured."""
-    path = FOLDER / f"{gpu.replace(' ', '_').replace('-', '_')}.json"
+    path = file_of(gpu)
     if not path.exists():
         return {}
     kernels: dict[str, Any] = json.loads(path.read_text())
