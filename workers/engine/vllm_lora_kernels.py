@@ -43,12 +43,12 @@ def use_tuned_kernels() -> None:
 
 def loader(own: Callable[..., Any], gpu: Callable[[], str]) -> Callable[..., Any]:
     """In place of vLLM's `load_lora_op_config`: what is measured for a GPU and a kernel, or what
-    vLLM has (`own`)."""
+    vLLM has (`own`). `expand` is measured adding to its layer's output, and takes the same where it
+    writes beside it (`VLLM_LORA_ENABLE_DUAL_STREAM`)."""
 
     @functools.cache
     def load(op_type: str, add_inputs: bool | None) -> Any:
-        measured = op_type == "shrink" or (op_type == "expand" and add_inputs)
-        return (measured and tuned(gpu()).get(op_type)) or own(op_type, add_inputs)
+        return tuned(gpu()).get(op_type) or own(op_type, add_inputs)
 
     return load
 

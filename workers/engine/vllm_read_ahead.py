@@ -1,8 +1,9 @@
 """Reading adapters ahead inside vLLM's worker processes, one on each rank.
 
-A load reads the adapter's file, locks its memory for the GPU and copies it into a slot, all of it
-between two steps, while nothing computes. Only the copy has to be there: the rest is done here, in
-a thread, while the steps before it compute. Measured in `benchmarks/adapter_loads.py`.
+A load reads the adapter's file, locks its memory for the GPU, merges its scaling and copies it into
+a slot piece by piece, all of it between two steps, while nothing computes. Only one copy has to be
+there: the rest is done here, in a thread, while the steps before it compute. Measured in
+`benchmarks/adapter_loads.py`.
 """
 
 import threading
@@ -12,7 +13,12 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
+
+from workers.engine.vllm_slot_images import SlotImages, slot_images
+
+_log = init_logger(__name__)
 
 
 class ReadAheadExtension:
@@ -45,6 +51,7 @@ class _Reader:
         self._manager = manager
         self._device = device
         self._read = manager._load_adapter  # noqa: SLF001 - vLLM has no other place
+        self._images: SlotImages | None = None
         self._ahead: dict[int, tuple[str, Future[Any]]] = {}
         self._wanted: SimpleQueue[tuple[Any, Future[Any]]] = SimpleQueue()
         # a daemon: a file that cannot be read to its end must not keep the process
@@ -77,14 +84,30 @@ class _Reader:
     def _run(self) -> None:
         if getattr(self._device, "type", "cpu") == "cuda":
             torch.cuda.set_device(self._device)  # memory is locked through the rank's own GPU
+        self._images = self._with_images()
         while True:
             self._read_into(*self._wanted.get())
+
+    def _with_images(self) -> SlotImages | None:
+        """Loads by one copy; without them vLLM's own way is as right, and slower."""
+        try:
+            slots = self._manager._adapter_manager  # noqa: SLF001
+            images = slot_images(slots, self._device or torch.device("cpu"))
+        except Exception as error:  # whatever another release has otherwise
+            _log.warning("adapters are loaded piece by piece: %r", error)
+            return None
+        if images is None:
+            _log.info("this release of vLLM has its slots otherwise: adapters are loaded its way")
+        return images
 
     def _read_into(self, request: Any, future: "Future[Any]") -> None:
         if not future.set_running_or_notify_cancel():
             return
         try:
-            future.set_result(self._read(request))
+            lora = self._read(request)
+            if self._images is not None:
+                self._images.make(lora)
+            future.set_result(lora)
         except BaseException as error:  # whatever a broken file makes vLLM raise
             future.set_exception(error)
 
