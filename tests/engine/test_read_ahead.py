@@ -1,5 +1,7 @@
 """Adapters read ahead by the real engine: their load needs the files no more, and says no other."""
 
+import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,20 @@ def spoil(adapter: LocalAdapter) -> Callable[[], None]:
         weights_of(adapter).write_bytes(good)
 
     return mend
+
+
+def stall(adapter: LocalAdapter) -> Callable[[], None]:
+    """Make an adapter's configuration a pipe, which is read once somebody writes to it; returns
+    what writes to it."""
+    config = Path(adapter.path, "adapter_config.json")
+    text = config.read_text()
+    config.unlink()
+    os.mkfifo(config)
+
+    def go_on() -> None:
+        config.write_text(text)
+
+    return go_on
 
 
 async def read(engine: Engine, *adapters: LocalAdapter) -> None:
@@ -113,3 +129,20 @@ async def test_a_load_right_behind_the_call_is_right(vllm_engine: Engine, tmp_pa
             alone.append((await complete(vllm_engine, _BODY, adapter)).choices)
             await vllm_engine.remove_adapter(adapter.lora_int_id)
         assert answers == alone
+
+
+async def test_what_computes_goes_on_while_an_adapter_is_read(
+    vllm_engine: Engine, tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    slow = write_adapter(tmp_path / "slow", 841)
+    go_on = stall(slow)
+    calls: Any = vllm_engine._calls  # type: ignore[attr-defined]
+    request = LoRARequest(slow.lora_name, slow.lora_int_id, slow.path)
+    loading = asyncio.create_task(calls._added(request, busy=True))
+    assert (await complete(vllm_engine, _BODY)).choices
+    assert not loading.done()
+    await asyncio.to_thread(go_on)
+    assert await loading
+    await calls.remove(slow.lora_int_id)

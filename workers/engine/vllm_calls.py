@@ -41,6 +41,9 @@ _log = logging.getLogger(__name__)
 
 DIED = "the engine's core process has died; its own messages say why"
 _GRACE_SECONDS = 2.0
+#: Pause before an adapter is asked for again that was still being read. A core that computes
+#: answers between two steps only.
+_READING_SECONDS = 0.004
 _NOT_AHEAD = "Adapters are not read ahead: %s"
 _T = TypeVar("_T")
 
@@ -146,8 +149,11 @@ class VllmCalls:
         with contextlib.suppress(EngineDeadError):
             await self._llm.abort(request_ids)
 
-    async def load(self, adapter: LocalAdapter) -> ResidentAdapter:
+    async def load(self, adapter: LocalAdapter, *, busy: bool = False) -> ResidentAdapter:
         """Read an adapter from its folder into a slot.
+
+        Args:
+            busy: whether other requests compute, which must not wait for the reading.
 
         Raises:
             AdapterLoadError: it cannot be used; the message says why.
@@ -159,7 +165,7 @@ class VllmCalls:
         template = await asyncio.to_thread(_chat_template, adapter, folder)
         request = LoRARequest(adapter.lora_name, adapter.lora_int_id, adapter.path)
         try:
-            added = await self._call(self._llm.add_lora(request))
+            added = await self._added(request, busy)
         except _CallFailedError as error:
             # It may be half in: vLLM would call it loaded the next time.
             await self.remove(adapter.lora_int_id)
@@ -167,6 +173,23 @@ class VllmCalls:
         if not added:
             raise AdapterLoadError(f"vLLM did not take adapter {adapter.lora_name}")
         return ResidentAdapter(request, template, end_token(folder, self.tokenizer))
+
+    async def _added(self, request: LoRARequest, busy: bool) -> bool:
+        """Whether vLLM has taken an adapter; see `ReadAheadExtension.lorry_load`."""
+        named = (request.lora_int_id, request.lora_name, request.lora_path)
+        while True:
+            try:
+                taken = await self._call(
+                    self._llm.collective_rpc("lorry_load", args=(named, not busy))
+                )
+            except _CallFailedError as error:
+                if "lorry_load" not in str(error):
+                    raise
+                # the operator's own extension (`--worker-extension-cls`), without ours
+                return await self._call(self._llm.add_lora(request))
+            if None not in taken:
+                return all(taken)
+            await asyncio.sleep(_READING_SECONDS)
 
     async def read_ahead(self, adapters: Sequence[LocalAdapter]) -> Sequence[int] | None:
         """Let the workers read adapters ahead; see `ReadAheadExtension.lorry_read_ahead`.

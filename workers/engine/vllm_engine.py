@@ -136,7 +136,8 @@ class VllmEngine:
 
     async def load_adapter(self, adapter: LocalAdapter) -> None:
         """Make an adapter resident; see `Engine`."""
-        resident = await self._unless_over(self._alive().load(adapter))
+        busy = self.running > 0
+        resident = await self._unless_over(self._alive().load(adapter, busy=busy))
         self._adapters[adapter.lora_int_id] = resident
 
     def read_ahead(self, adapters: Sequence[LocalAdapter]) -> None:

@@ -6,10 +6,12 @@ there: the rest is done here, in a thread, while the steps before it compute. Me
 `benchmarks/adapter_loads.py`.
 """
 
+import itertools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from queue import SimpleQueue
+from dataclasses import dataclass, field
+from queue import PriorityQueue
 from typing import Any
 
 import torch
@@ -35,13 +37,48 @@ class ReadAheadExtension:
             The ids of those that have been read; None where this release of vLLM has no place
             for it.
         """
+        if (reader := self._reader()) is None:
+            return None
+        return reader.want([LoRARequest(name, i, path) for i, name, path in adapters])
+
+    def lorry_load(self, adapter: tuple[int, str, str], wait: bool) -> bool | None:
+        """Load an adapter as vLLM's `add_lora` does. What is not read yet is read next, before
+        all others.
+
+        Args:
+            adapter: its id, name and folder.
+            wait: for the reading, if it must be; nothing is computed meanwhile.
+
+        Returns:
+            Whether vLLM has taken it; None if it is not read yet and was not to be waited for.
+        """
+        version, name, path = adapter
+        request = LoRARequest(name, version, path)
+        reader = self._reader()
+        if reader is not None and not wait and not reader.has(request):
+            return None
+        added: bool = self.add_lora(request)  # type: ignore[attr-defined]
+        return added
+
+    def _reader(self) -> "_Reader | None":
+        """This rank's, made when it is first asked for."""
         reader: _Reader | None = getattr(self, "_lorry_reader", None)
         if reader is None:
             manager = getattr(getattr(self, "model_runner", None), "lora_manager", None)
             if not hasattr(manager, "_load_adapter") or not hasattr(manager, "list_adapters"):
                 return None
             reader = self._lorry_reader = _Reader(manager, getattr(self, "device", None))
-        return reader.want([LoRARequest(name, i, path) for i, name, path in adapters])
+        return reader
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Wanted:
+    """An adapter to be read: least first."""
+
+    urgency: int
+    number: int
+    request: Any = field(compare=False)
+    future: Future[Any] = field(compare=False)
 
 
 class _Reader:
@@ -53,26 +90,46 @@ class _Reader:
         self._read = manager._load_adapter  # noqa: SLF001 - vLLM has no other place
         self._images: SlotImages | None = None
         self._ahead: dict[int, tuple[str, Future[Any]]] = {}
-        self._wanted: SimpleQueue[tuple[Any, Future[Any]]] = SimpleQueue()
+        self._wanted: PriorityQueue[_Wanted] = PriorityQueue()
+        self._numbers = itertools.count()
+        #: the one whose load waits for it
+        self._next: int | None = None
         # a daemon: a file that cannot be read to its end must not keep the process
-        threading.Thread(target=self._run, name="lorry-read-ahead", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="lorry-read-ahead", daemon=True)
+        self._thread.start()
         manager._load_adapter = self._load  # noqa: SLF001
 
     def want(self, requests: Sequence[Any]) -> list[int]:
         """Read these, and hold nothing else; returns which have been read."""
         wanted = {request.lora_int_id: request for request in requests}
-        for version in self._ahead.keys() - wanted.keys():
+        for version in self._ahead.keys() - wanted.keys() - {self._next}:
             self._ahead.pop(version)[1].cancel()
         loaded = set(self._manager.list_adapters())
         for version, request in wanted.items():
             if version not in self._ahead and version not in loaded:
-                future: Future[Any] = Future()
-                self._ahead[version] = (request.lora_path, future)
-                self._wanted.put((request, future))
+                self._put(request, urgency=1)
         return [version for version, (_, future) in self._ahead.items() if _succeeded(future)]
+
+    def has(self, request: Any) -> bool:
+        """Whether an adapter's load need not wait: it has been read, or cannot be. If not, it is
+        read next."""
+        version = self._next = request.lora_int_id
+        if version in self._manager.list_adapters() or not self._thread.is_alive():
+            return True
+        _, future = self._ahead.get(version, ("", None))
+        if future is None or future.cancel():  # it may be behind others: this is before them
+            self._put(request, urgency=0)
+            return False
+        return future.done()
+
+    def _put(self, request: Any, urgency: int) -> None:
+        future: Future[Any] = Future()
+        self._ahead[request.lora_int_id] = (request.lora_path, future)
+        self._wanted.put(_Wanted(urgency, next(self._numbers), request, future))
 
     def _load(self, request: Any) -> Any:
         """In place of vLLM's own: what was read, or is being read, is not read again."""
+        self._next = None
         path, future = self._ahead.pop(request.lora_int_id, ("", None))
         if future is None or path != request.lora_path or future.cancel():
             return self._read(request)
@@ -86,7 +143,8 @@ class _Reader:
             torch.cuda.set_device(self._device)  # memory is locked through the rank's own GPU
         self._images = self._with_images()
         while True:
-            self._read_into(*self._wanted.get())
+            wanted = self._wanted.get()
+            self._read_into(wanted.request, wanted.future)
 
     def _with_images(self) -> SlotImages | None:
         """Loads by one copy; without them vLLM's own way is as right, and slower."""

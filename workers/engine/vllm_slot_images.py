@@ -89,12 +89,11 @@ class SlotImages:
         """
         self._merge(lora)
         lora.lorry_image = None
+        self._draft.zero_()
         for name, module in self._drafted.items():
             weights = self._manager._get_lora_layer_weights(lora, name)  # noqa: SLF001
             if weights:
                 module.set_lora(0, weights.lora_a, weights.lora_b)
-            else:
-                module.reset_lora(0)
         lora.lorry_image = self._sent()
 
     def _sent(self) -> list[torch.Tensor] | None:
@@ -144,4 +143,9 @@ def _elsewhere(module: Any, pieces: Any) -> Any:
     twin = copy.copy(module)
     twin.lora_a_stacked = tuple(next(pieces) for _ in module.lora_a_stacked)
     twin.lora_b_stacked = tuple(next(pieces) for _ in module.lora_b_stacked)
+    twin.reset_lora = _cleared
     return twin
+
+
+def _cleared(_index: int) -> None:
+    """In place of a module's `reset_lora`: the draft is cleared at once, not piece by piece."""
