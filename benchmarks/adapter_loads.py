@@ -149,7 +149,7 @@ async def load(bench: Bench, adapters: Sequence[LocalAdapter]) -> list[float]:
 async def read_ahead(bench: Bench, adapters: Sequence[LocalAdapter]) -> None:
     """Have the engine read these, and wait until it has."""
     calls: Any = bench.engine._calls
-    while len(await calls.read_ahead(adapters)) < len(adapters):
+    while len(await calls.adapters.read_ahead(adapters)) < len(adapters):
         await asyncio.sleep(0.01)
 
 

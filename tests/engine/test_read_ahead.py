@@ -54,7 +54,7 @@ def stall(adapter: LocalAdapter) -> Callable[[], None]:
 async def read(engine: Engine, *adapters: LocalAdapter) -> None:
     """Have adapters read ahead, and wait until they are."""
     engine.read_ahead(adapters)
-    calls: Any = engine._calls  # type: ignore[attr-defined]
+    calls: Any = engine._calls.adapters  # type: ignore[attr-defined]
 
     async def done() -> bool:
         found = await calls.read_ahead(adapters)
@@ -94,7 +94,7 @@ async def test_what_cannot_be_read_ahead_is_left_to_its_load(
     gone = LocalAdapter(821, "821-gone", str(tmp_path / "gone"), "gone")
     broken, whole = (write_adapter(tmp_path / str(i), i) for i in (822, 823))
     mend = spoil(broken)
-    calls: Any = vllm_engine._calls  # type: ignore[attr-defined]
+    calls: Any = vllm_engine._calls.adapters  # type: ignore[attr-defined]
 
     async def last_is_read() -> bool:  # they are read in this order
         found: list[int] = await calls.read_ahead([gone, broken, whole])
@@ -138,7 +138,7 @@ async def test_what_computes_goes_on_while_an_adapter_is_read(
 
     slow = write_adapter(tmp_path / "slow", 841)
     go_on = stall(slow)
-    calls: Any = vllm_engine._calls  # type: ignore[attr-defined]
+    calls: Any = vllm_engine._calls.adapters  # type: ignore[attr-defined]
     request = LoRARequest(slow.lora_name, slow.lora_int_id, slow.path)
     loading = asyncio.create_task(calls._added(request, busy=True))
     assert (await complete(vllm_engine, _BODY)).choices

@@ -129,10 +129,12 @@ def test_a_pinned_adapter_keeps_its_slot_and_never_closes() -> None:
 def test_those_fetched_ahead_are_the_next_that_need_a_load() -> None:
     slots = SlotView({5: 1.0, 6: 1.0}, frozenset({5, 6, 7}), 3)
     lines = [waiting(i, since=i) for i in (0, 1, 2, 3, 4, 5, 7)]
-    assert upcoming(lines, slots, Shares(), QUANTUM) == [4, 3]
+    assert upcoming(lines, slots, Shares(), QUANTUM) == [4, 3, 2, 1]
     full = SlotView({5: 1.0, 6: 1.0, 7: 1.0}, frozenset({5, 6, 7}), 3)
-    assert upcoming(lines, full, Shares(), QUANTUM) == [4, 3]  # the next when a slot comes free
-    assert upcoming(lines, NO_SLOTS_USED, Shares(), QUANTUM) == [7, 5, 4, 3, 2, 1]
+    assert upcoming(lines, full, Shares(), QUANTUM) == [4, 3, 2, 1]  # for when slots come free
+    lines += [waiting(i, since=i) for i in (8, 9, 10)]
+    assert upcoming(lines, slots, Shares(), QUANTUM) == [10, 9, 8, 4]
+    assert upcoming(lines, NO_SLOTS_USED, Shares(), QUANTUM) == [10, 9, 8, 7, 5, 4, 3, 2]
 
 
 def test_a_cold_line_is_left_to_the_worker_that_holds_its_adapter_for_a_moment() -> None:

@@ -23,6 +23,8 @@ TURNS_IN_QUANTUM: Final = 8
 #: A load pauses the engine. So a line that needs none goes before another tenant's, unless that
 #: tenant was served less by more than so many tokens (about a second of a GPU's work).
 RESIDENT_TOKENS: Final = 4000
+#: Adapters that are made ready before there is a slot for them, at least.
+LOADS_AHEAD: Final = 4
 #: A line of fewer jobs is cold: not worth a load here while another worker holds its adapter.
 COLD_JOBS: Final = 32
 #: How long a cold line is left to the worker that holds its adapter.
@@ -108,11 +110,11 @@ def upcoming(
     lines: Sequence[WaitingLine], slots: SlotView, shares: Shares, quantum_seconds: float
 ) -> list[int]:
     """The adapter versions that will probably be loaded next, soonest first: twice as many as
-    there are free slots."""
+    there are free slots, and never fewer than a few, since slots may come free together."""
     due = [w for w in lines if w.jobs > 0]
     due.sort(key=_precedence(due, slots, shares, quantum_seconds))
     loads = dict.fromkeys(w.line.adapter_version_id for w in due)
-    return [i for i in loads if not slots.is_ready(i)][: 2 * max(1, slots.free)]
+    return [i for i in loads if not slots.is_ready(i)][: max(LOADS_AHEAD, 2 * slots.free)]
 
 
 def _precedence(

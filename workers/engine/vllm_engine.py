@@ -27,7 +27,8 @@ from workers.engine.vllm_environment import prepare_environment
 from workers.engine.vllm_processes import ProcessFamily
 
 if TYPE_CHECKING:
-    from workers.engine.vllm_calls import ResidentAdapter, VllmCalls
+    from workers.engine.vllm_adapters import ResidentAdapter
+    from workers.engine.vllm_calls import VllmCalls
     from workers.engine.vllm_flags import EngineFlags
     from workers.engine.vllm_flow import RequestFlow
 
@@ -137,7 +138,7 @@ class VllmEngine:
     async def load_adapter(self, adapter: LocalAdapter) -> None:
         """Make an adapter resident; see `Engine`."""
         busy = self.running > 0
-        resident = await self._unless_over(self._alive().load(adapter, busy=busy))
+        resident = await self._unless_over(self._alive().adapters.load(adapter, busy=busy))
         self._adapters[adapter.lora_int_id] = resident
 
     def read_ahead(self, adapters: Sequence[LocalAdapter]) -> None:
@@ -155,13 +156,13 @@ class VllmEngine:
         with contextlib.suppress(EngineDead):  # others say so
             while self._must_tell_ahead:
                 self._told_ahead = self._wanted_ahead
-                read = await self._unless_over(self._alive().read_ahead(self._told_ahead))
+                read = await self._unless_over(self._alive().adapters.read_ahead(self._told_ahead))
                 self._can_read_ahead = read is not None
 
     async def remove_adapter(self, lora_int_id: int) -> None:
         """Let a resident adapter go; see `Engine`."""
         if self._adapters.pop(lora_int_id, None) is not None:
-            await self._unless_over(self._alive().remove(lora_int_id))
+            await self._unless_over(self._alive().adapters.remove(lora_int_id))
 
     async def probe_adapter(self, adapter: LocalAdapter) -> ProbeResult:
         """Compare a loaded adapter with the base model; see `Engine`."""
@@ -172,7 +173,7 @@ class VllmEngine:
 
     async def pin_adapter(self, lora_int_id: int) -> None:
         """Keep a resident adapter in its slot; see `Engine`."""
-        await self._unless_over(self._alive().pin(lora_int_id))
+        await self._unless_over(self._alive().adapters.pin(lora_int_id))
 
     async def fold(self, lora_int_id: int | None) -> FoldTimes:
         """Fold an adapter, or restore the base; see `Engine`."""
@@ -234,7 +235,7 @@ class VllmEngine:
         return self._calls
 
     async def _watch(self, calls: "VllmCalls") -> None:
-        from workers.engine.vllm_calls import DIED
+        from workers.engine.vllm_answers import DIED
 
         while not calls.dead:
             await asyncio.sleep(_WATCH_SECONDS)

@@ -14,7 +14,8 @@ from typing import Any
 from core.errors import ErrorCode
 from core.generation import Aborted, Failure, Outcome
 from workers.engine.protocol import Done, EngineDead, EngineRequest
-from workers.engine.vllm_calls import RequestFailedError, ResidentAdapter, VllmCalls
+from workers.engine.vllm_adapters import ResidentAdapter
+from workers.engine.vllm_calls import RequestFailedError, VllmCalls
 from workers.engine.vllm_outputs import outcome_of
 from workers.engine.vllm_params import ContextLengthError, sampling_params
 from workers.engine.vllm_render import PromptRenderer
