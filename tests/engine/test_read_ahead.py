@@ -131,6 +131,27 @@ async def test_a_load_right_behind_the_call_is_right(vllm_engine: Engine, tmp_pa
         assert answers == alone
 
 
+async def test_an_adapter_comes_back_from_the_engines_memory(
+    vllm_engine: Engine, tmp_path: Path
+) -> None:
+    slots = vllm_engine.info.limits.max_loras
+    several = [write_adapter(tmp_path / str(i), i) for i in range(851, 852 + slots)]
+    first, last = several[0], several[-1]
+    await vllm_engine.load_adapter(first)
+    expected = await complete(vllm_engine, _BODY, first)
+    for adapter in several[1:]:  # they take every slot
+        await vllm_engine.load_adapter(adapter)
+    other = await complete(vllm_engine, _BODY, last)
+    assert other.choices != expected.choices
+    lose(first)
+    await read(vllm_engine, first)
+    await vllm_engine.load_adapter(first)
+    assert (await complete(vllm_engine, _BODY, first)).choices == expected.choices
+    assert (await complete(vllm_engine, _BODY, last)).choices == other.choices
+    for adapter in several:
+        await vllm_engine.remove_adapter(adapter.lora_int_id)
+
+
 async def test_what_computes_goes_on_while_an_adapter_is_read(
     vllm_engine: Engine, tmp_path: Path
 ) -> None:

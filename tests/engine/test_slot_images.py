@@ -103,7 +103,7 @@ def test_a_slot_is_as_vllm_fills_it(device: str) -> None:
         own.add_adapter(adapter(number, **facts))
         own.activate_adapter(number)
         ahead = adapter(number, **facts)
-        images.make(ahead)
+        ahead.lorry_image = images.make(ahead)
         imaged.add_adapter(ahead)
         imaged.activate_adapter(number)
         assert imaged.lora_index_to_id == own.lora_index_to_id
@@ -126,7 +126,7 @@ def test_only_its_own_slot_is_written() -> None:
     assert images is not None
     before = {name: module.lora_b_stacked[0].clone() for name, module in manager.modules.items()}
     first = adapter(1, **_ADAPTERS[0])
-    images.make(first)
+    first.lorry_image = images.make(first)
     images.make(adapter(2, **_ADAPTERS[1]))  # a draft behind it must not change it
     manager.add_adapter(first)
     manager.activate_adapter(1)
@@ -157,7 +157,7 @@ def test_an_evicted_adapter_comes_back_from_memory() -> None:
     assert images is not None
     several = [adapter(number, **_ADAPTERS[0]) for number in range(1, _SLOTS + 2)]
     for one in several:
-        images.make(one)
+        one.lorry_image = images.make(one)
         manager.add_adapter(one)
         manager.activate_adapter(one.id)
     assert 1 not in manager.lora_index_to_id
@@ -165,6 +165,27 @@ def test_an_evicted_adapter_comes_back_from_memory() -> None:
     slot = manager.lora_index_to_id.index(1)
     b = several[0].loras["layers.0.o_proj"].lora_b
     assert torch.equal(manager.modules["layers.0.o_proj"].lora_b_stacked[0][slot, 0], b)
+
+
+def test_what_is_in_memory_gets_an_image_for_its_next_slot() -> None:
+    from workers.engine.vllm_slot_images import slot_images
+
+    manager = manager_of("cpu")
+    images = slot_images(manager, torch.device("cpu"))
+    assert images is not None
+    for number in range(1, _SLOTS + 2):
+        manager.add_adapter(adapter(number, **_ADAPTERS[0]))
+        manager.activate_adapter(number)
+    kept = images.in_memory(1)
+    assert not images.in_slot(1)
+    b = kept.loras["layers.0.o_proj"].lora_b.clone()
+    kept.lorry_image = images.make(kept)
+    assert torch.equal(kept.loras["layers.0.o_proj"].lora_b, b)  # its scaling is not merged again
+    manager.activate_adapter(1)
+    slot = manager.lora_index_to_id.index(1)
+    assert torch.equal(manager.modules["layers.0.o_proj"].lora_b_stacked[0][slot, 0], b)
+    manager.remove_adapter(1)
+    assert images.in_memory(1) is None
 
 
 def test_a_release_with_other_slots_is_left_alone() -> None:

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import PriorityQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
-from workers.engine.vllm_slot_images import SlotImages, slot_images
+from workers.engine.vllm_slot_images import Image, SlotImages, slot_images
 
 _log = init_logger(__name__)
 
@@ -57,6 +57,8 @@ class ReadAheadExtension:
         reader = self._reader()
         if reader is not None and not wait and not reader.has(request):
             return None
+        if reader is not None:
+            reader.hand_over(version)
         added: bool = self.add_lora(request)  # type: ignore[attr-defined]
         return added
 
@@ -78,7 +80,22 @@ class _Wanted:
     urgency: int
     number: int
     request: Any = field(compare=False)
-    future: Future[Any] = field(compare=False)
+    future: Future["_Read"] = field(compare=False)
+    #: a `LoRAModel` that need not be read, since vLLM has it in memory
+    kept: Any = field(compare=False)
+
+
+class _Read(NamedTuple):
+    """A `LoRAModel`, and its slot's image where one was made."""
+
+    lora: Any
+    image: Image | None
+
+    def whole(self) -> Any:
+        """Both in one, as a load takes them."""
+        if self.image is not None:
+            self.lora.lorry_image = self.image
+        return self.lora
 
 
 class _Reader:
@@ -89,7 +106,7 @@ class _Reader:
         self._device = device
         self._read = manager._load_adapter  # noqa: SLF001 - vLLM has no other place
         self._images: SlotImages | None = None
-        self._ahead: dict[int, tuple[str, Future[Any]]] = {}
+        self._ahead: dict[int, tuple[str, Future[_Read]]] = {}
         self._wanted: PriorityQueue[_Wanted] = PriorityQueue()
         self._numbers = itertools.count()
         #: the one whose load waits for it
@@ -104,9 +121,8 @@ class _Reader:
         wanted = {request.lora_int_id: request for request in requests}
         for version in self._ahead.keys() - wanted.keys() - {self._next}:
             self._ahead.pop(version)[1].cancel()
-        loaded = set(self._manager.list_adapters())
         for version, request in wanted.items():
-            if version not in self._ahead and version not in loaded:
+            if version not in self._ahead and not self._needs_nothing(version):
                 self._put(request, urgency=1)
         return [version for version, (_, future) in self._ahead.items() if _succeeded(future)]
 
@@ -122,10 +138,26 @@ class _Reader:
             return False
         return future.done()
 
+    def hand_over(self, version: int) -> None:
+        """An adapter that vLLM has in memory is loaded now: with its image, if that is made."""
+        if self._images is None or (lora := self._images.in_memory(version)) is None:
+            return
+        _, future = self._ahead.pop(version, ("", None))
+        if future is not None and not future.cancel() and _succeeded(future):
+            lora.lorry_image = future.result().image
+
+    def _needs_nothing(self, version: int) -> bool:
+        if version not in self._manager.list_adapters():
+            return False
+        images = self._images
+        return images is None or images.in_slot(version) or images.in_memory(version) is None
+
     def _put(self, request: Any, urgency: int) -> None:
-        future: Future[Any] = Future()
-        self._ahead[request.lora_int_id] = (request.lora_path, future)
-        self._wanted.put(_Wanted(urgency, next(self._numbers), request, future))
+        future: Future[_Read] = Future()
+        version = request.lora_int_id
+        kept = self._images.in_memory(version) if self._images else None
+        self._ahead[version] = (request.lora_path, future)
+        self._wanted.put(_Wanted(urgency, next(self._numbers), request, future, kept))
 
     def _load(self, request: Any) -> Any:
         """In place of vLLM's own: what was read, or is being read, is not read again."""
@@ -134,7 +166,7 @@ class _Reader:
         if future is None or path != request.lora_path or future.cancel():
             return self._read(request)
         try:
-            return future.result()
+            return future.result().whole()
         except Exception:  # it may be read by now; if not, this raises what vLLM raises
             return self._read(request)
 
@@ -143,8 +175,7 @@ class _Reader:
             torch.cuda.set_device(self._device)  # memory is locked through the rank's own GPU
         self._images = self._with_images()
         while True:
-            wanted = self._wanted.get()
-            self._read_into(wanted.request, wanted.future)
+            self._make_ready(self._wanted.get())
 
     def _with_images(self) -> SlotImages | None:
         """Loads by one copy; without them vLLM's own way is as right, and slower."""
@@ -158,17 +189,16 @@ class _Reader:
             _log.info("this release of vLLM has its slots otherwise: adapters are loaded its way")
         return images
 
-    def _read_into(self, request: Any, future: "Future[Any]") -> None:
-        if not future.set_running_or_notify_cancel():
+    def _make_ready(self, wanted: _Wanted) -> None:
+        if not wanted.future.set_running_or_notify_cancel():
             return
         try:
-            lora = self._read(request)
-            if self._images is not None:
-                self._images.make(lora)
-            future.set_result(lora)
+            lora = wanted.kept or self._read(wanted.request)
+            image = self._images.make(lora) if self._images else None
+            wanted.future.set_result(_Read(lora, image))
         except BaseException as error:  # whatever a broken file makes vLLM raise
-            future.set_exception(error)
+            wanted.future.set_exception(error)
 
 
-def _succeeded(future: Future[Any]) -> bool:
+def _succeeded(future: Future[_Read]) -> bool:
     return future.done() and not future.cancelled() and future.exception() is None

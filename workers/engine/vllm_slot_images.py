@@ -13,6 +13,7 @@ Import it only in vLLM's worker process.
 import copy
 import math
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import torch
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -20,12 +21,16 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 #: Bytes of a GPU's memory that images leave free, beyond what vLLM has taken for itself.
 _LEFT_FREE: Final = 1 << 30
 
+#: Of one slot, what belongs to each stacked tensor, on the device.
+Image = list[torch.Tensor]
+
 #: What is used of vLLM's `LoRAModelManager`.
 _USED: Final = (
     "modules",
     "lora_index_to_id",
     "activate_adapter",
     "get_adapter",
+    "list_adapters",
     "_create_merged_loras_inplace",
     "_get_lora_layer_weights",
 )
@@ -67,13 +72,15 @@ class SlotImages:
         self._draft = torch.zeros(sum(self._sizes), dtype=self._stacked[0].dtype, pin_memory=on_gpu)
         pieces = iter(self._pieces(self._draft))
         self._drafted = {name: _elsewhere(module, pieces) for name, module in linear.items()}
+        #: what came into vLLM's memory since, as long as it is there
+        self._kept: WeakValueDictionary[int, Any] = WeakValueDictionary()
         manager = self._manager
         self._merge = manager._create_merged_loras_inplace  # noqa: SLF001 - vLLM has no other place
         self._activate = manager.activate_adapter
-        manager._create_merged_loras_inplace = self._merge_once  # noqa: SLF001
+        manager._create_merged_loras_inplace = self._added  # noqa: SLF001
         manager.activate_adapter = self._place
 
-    def _pieces(self, image: torch.Tensor) -> list[torch.Tensor]:
+    def _pieces(self, image: torch.Tensor) -> Image:
         """Of an image, what belongs to each stacked tensor, as that has it for all slots."""
         pieces = image.split(self._sizes)
         return [
@@ -81,22 +88,31 @@ class SlotImages:
             for piece, tensor in zip(pieces, self._stacked, strict=True)
         ]
 
-    def make(self, lora: Any) -> None:
-        """Merge a `LoRAModel` as a load does, and give it its image where there is room for one.
+    def in_slot(self, lora_id: int) -> bool:
+        """Whether an adapter has a slot."""
+        return lora_id in self._manager.lora_index_to_id
+
+    def in_memory(self, lora_id: int) -> Any:
+        """An adapter in vLLM's memory, in a slot or not, as a `LoRAModel`; None for others, and for
+        those that came before this. Unlike vLLM's own `get_adapter` this is no use of it: which
+        one vLLM evicts next stays as it is."""
+        return self._kept.get(lora_id) if lora_id in self._manager.list_adapters() else None
+
+    def make(self, lora: Any) -> Image | None:
+        """Merge a `LoRAModel` as a load does, and make its image where there is room for one.
 
         Raises:
             Exception: what vLLM raises for an adapter that does not fit the model.
         """
-        self._merge(lora)
-        lora.lorry_image = None
+        self._merge_once(lora)
         self._draft.zero_()
         for name, module in self._drafted.items():
             weights = self._manager._get_lora_layer_weights(lora, name)  # noqa: SLF001
             if weights:
                 module.set_lora(0, weights.lora_a, weights.lora_b)
-        lora.lorry_image = self._sent()
+        return self._sent()
 
-    def _sent(self) -> list[torch.Tensor] | None:
+    def _sent(self) -> Image | None:
         """The pieces of what is drafted, on the device."""
         if self._stream is None:
             return self._pieces(self._draft.clone())
@@ -108,15 +124,21 @@ class SlotImages:
         self._stream.synchronize()  # the next draft may be written, and this one placed
         return self._pieces(image)
 
+    def _added(self, lora: Any) -> None:
+        """In place of vLLM's `_create_merged_loras_inplace`, which it calls for an adapter that
+        comes into its memory."""
+        self._merge_once(lora)
+        self._kept[lora.id] = lora
+
     def _merge_once(self, lora: Any) -> None:
-        """In place of vLLM's own: what `make` has merged is not merged again."""
         if not hasattr(lora, "lorry_image"):
             self._merge(lora)
+            lora.lorry_image = None
 
     def _place(self, lora_id: int) -> bool:
         """In place of vLLM's `activate_adapter`, which fills what is not linear."""
         lora = self._manager.get_adapter(lora_id)
-        image: list[torch.Tensor] | None = getattr(lora, "lorry_image", None)
+        image: Image | None = getattr(lora, "lorry_image", None)
         if image is None:
             return bool(self._activate(lora_id))
         modules, self._manager.modules = self._manager.modules, self._others
@@ -129,7 +151,7 @@ class SlotImages:
             torch._foreach_copy_([tensor[slot : slot + 1] for tensor in self._stacked], image)
             if self._stream is not None:  # its memory is another stream's
                 image[0].record_stream(torch.cuda.current_stream(self._device))
-            lora.lorry_image = None  # as its memory: a later activation is vLLM's own
+        lora.lorry_image = None  # its memory is worth more than another load of the same
         return activated
 
 
