@@ -9,6 +9,7 @@ so that each starts in a fraction of a second.
 import asyncio
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from collections import Counter
@@ -171,7 +172,8 @@ def watch_statements(victim: Victim) -> None:
 def statement_name(query: str, frame: FrameType | None) -> str:
     """Who sent a statement, from the outermost function of `db/` inwards, and how it begins.
 
-    Empty for what the driver sends by itself.
+    Empty for what the driver sends by itself. Its number is left out of a savepoint's name: it
+    counts what the connection did before, which is not the same in every run.
     """
     functions: list[str] = []
     while frame is not None:
@@ -179,7 +181,8 @@ def statement_name(query: str, frame: FrameType | None) -> str:
         if str(file.parent) == _DB and file.name != "database.py":
             functions.insert(0, f"{file.stem}.{frame.f_code.co_name}")
         frame = frame.f_back
-    return f"{' > '.join(functions)}: {' '.join(query.split()[:4])}" if functions else ""
+    begins = re.sub(r"__asyncpg_savepoint_\w+?__", "a_savepoint", " ".join(query.split()[:4]))
+    return f"{' > '.join(functions)}: {begins}" if functions else ""
 
 
 def _let_hiccup(engine: Engine) -> None:
