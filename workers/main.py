@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Final, NamedTuple, TypeVar
 
@@ -19,13 +19,13 @@ import uvloop
 
 from core.errors import LorryError, Unavailable, UsageError
 from core.logs import configure_logging
-from core.partitions import queue_name
 from core.settings import Settings, load_settings
 from db import registry, workers
 from db.database import Database
 from db.doorbell import Doorbell
 from db.store import Store
 from db.workers import WorkerFacts
+from workers import options
 from workers.adapter_files import AdapterFiles
 from workers.celery_app import DoorbellConsumer
 from workers.drain.core import DrainCore
@@ -166,8 +166,8 @@ async def _serve(
             base_model_id = await registry.declare_base(
                 database, info.base_model, info.limits.max_model_len, info.base_revision, facts
             )
-            pinned = await _pinned(database, base_model_id, spec, info.limits.max_loras)
-            preload = await _named(database, base_model_id, "--preload", spec.preload)
+            pinned = await options.pinned(database, base_model_id, spec, info.limits.max_loras)
+            preload = await options.named(database, base_model_id, "--preload", spec.preload)
             row = _facts(engine, base_model_id)
             worker_id = await workers.register(database, row, settings.lease_seconds)
             return _Place(base_model_id, pinned, preload, worker_id)
@@ -195,7 +195,7 @@ async def _serve(
         )
         consumer = DoorbellConsumer(
             _required(settings.broker_url, "LORRY_BROKER_URL"),
-            _queues(spec, info.base_model, settings.partitions),
+            options.queues(spec, info.base_model, settings.partitions),
             asyncio.get_running_loop(),
             core.feeder.ring,
         )
@@ -272,53 +272,6 @@ def _facts(engine: Engine, base_model_id: int) -> WorkerFacts:
             "max_lora_rank": limits.max_lora_rank,
         },
     )
-
-
-async def _pinned(
-    database: Database, base_model_id: int, spec: WorkerSpec, slots: int
-) -> list[int]:
-    """The versions that `--pin` names: those that are current now, of every tenant."""
-    most = max(0, slots - 1)
-    if len(spec.pin) > most:
-        raise UsageError(
-            f"--pin {','.join(spec.pin[most:])}: with {slots} slots (--max-loras) at most {most} "
-            "adapters may be pinned, so that the others have one"
-        )
-    versions = await _named(database, base_model_id, "--pin", spec.pin)
-    if len(versions) > most:
-        raise UsageError(
-            f"--pin {','.join(spec.pin)}: these are {len(versions)} adapters of several tenants; "
-            f"at most {most} may be pinned with {slots} slots (--max-loras)"
-        )
-    return versions
-
-
-async def _named(
-    database: Database, base_model_id: int, option: str, names: Sequence[str]
-) -> list[int]:
-    """The versions that are current now of adapters of these names, of every tenant."""
-    versions: list[int] = []
-    for name in names:
-        found = await registry.current_versions(database, base_model_id, name)
-        if not found:
-            raise UsageError(
-                f"{option} {name}: no adapter of this base model has that name and is ready"
-            )
-        versions += found
-    return versions
-
-
-def _queues(spec: WorkerSpec, base_model: str, partitions: int) -> list[str]:
-    """The queues of the partitions that this worker serves wholly.
-
-    Of one that it serves in part it would swallow doorbells that were meant for others: a worker
-    of a few adapters consumes none, and polls. Dedicated partitions are heard by those that name
-    them.
-    """
-    if spec.adapters is not None:
-        return []
-    served = range(partitions) if spec.partitions is None else spec.partitions
-    return [queue_name(base_model, partition) for partition in served]
 
 
 def _adapter_files(settings: Settings, database: Database, engine: Engine) -> AdapterFiles:

@@ -14,16 +14,16 @@ from tests.support.jobs import BASE, all_final, make_bench
 from tests.support.processes import environment
 from tests.support.waiting import eventually
 from workers.launcher import WorkerSpec
-from workers.main import _queues
+from workers.options import queues
 
 pytestmark = pytest.mark.processes
 
 
 def test_a_dedicated_partition_is_heard_by_those_that_name_it() -> None:
-    everything = _queues(WorkerSpec("m"), BASE, 32)
+    everything = queues(WorkerSpec("m"), BASE, 32)
     assert len(everything) == 32
     assert queue_name(BASE, 40) not in everything
-    assert _queues(WorkerSpec("m", partitions=(40,)), BASE, 32) == [queue_name(BASE, 40)]
+    assert queues(WorkerSpec("m", partitions=(40,)), BASE, 32) == [queue_name(BASE, 40)]
 
 
 async def test_pins_are_taken_or_refused_by_name_and_a_move_is_heard(
