@@ -167,3 +167,24 @@ async def test_what_computes_goes_on_while_an_adapter_is_read(
     await asyncio.to_thread(go_on)
     assert await loading
     await calls.remove(slow.lora_int_id)
+
+
+async def test_a_file_that_hangs_holds_up_no_other_adapter(
+    vllm_engine: Engine, tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    hangs, fine = (write_adapter(tmp_path / str(i), i) for i in (861, 862))
+    go_on = stall(hangs)
+    calls: Any = vllm_engine._calls.adapters  # type: ignore[attr-defined]
+    request = LoRARequest(hangs.lora_name, hangs.lora_int_id, hangs.path)
+    hanging = asyncio.create_task(calls._added(request, busy=True))
+    await vllm_engine.load_adapter(fine)  # the call before it has reached the reader
+    await vllm_engine.remove_adapter(fine.lora_int_id)
+    again = LoRARequest(fine.lora_name, fine.lora_int_id, fine.path)
+    assert await calls._added(again, busy=True)
+    assert not hanging.done()
+    await asyncio.to_thread(go_on)
+    assert await hanging
+    for adapter in (hangs, fine):
+        await calls.remove(adapter.lora_int_id)

@@ -8,11 +8,12 @@ there: the rest is done here, in a thread, while the steps before it compute. Me
 
 import itertools
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import PriorityQueue
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from vllm.logger import init_logger
@@ -21,6 +22,10 @@ from vllm.lora.request import LoRARequest
 from workers.engine.vllm_slot_images import Image, SlotImages, slot_images
 
 _log = init_logger(__name__)
+
+#: A load whose turn does not come for so long, since the thread is held up by another adapter's
+#: file, reads its own by itself.
+_PATIENCE_SECONDS: Final = 2.0
 
 
 class ReadAheadExtension:
@@ -111,6 +116,8 @@ class _Reader:
         self._numbers = itertools.count()
         #: the one whose load waits for it
         self._next: int | None = None
+        #: what the thread is at, and since when
+        self._at: tuple[int, float] | None = None
         # a daemon: a file that cannot be read to its end must not keep the process
         self._thread = threading.Thread(target=self._run, name="lorry-read-ahead", daemon=True)
         self._thread.start()
@@ -130,13 +137,19 @@ class _Reader:
         """Whether an adapter's load need not wait: it has been read, or cannot be. If not, it is
         read next."""
         version = self._next = request.lora_int_id
-        if version in self._manager.list_adapters() or not self._thread.is_alive():
+        if version in self._manager.list_adapters() or self._held_up(version):
             return True
         _, future = self._ahead.get(version, ("", None))
         if future is None or future.cancel():  # it may be behind others: this is before them
             self._put(request, urgency=0)
             return False
         return future.done()
+
+    def _held_up(self, version: int) -> bool:
+        """Whether the thread will not come to an adapter soon."""
+        at, since = self._at or (version, 0.0)
+        late = at != version and time.monotonic() - since > _PATIENCE_SECONDS
+        return late or not self._thread.is_alive()
 
     def hand_over(self, version: int) -> None:
         """An adapter that vLLM has in memory is loaded now: with its image, if that is made."""
@@ -175,7 +188,10 @@ class _Reader:
             torch.cuda.set_device(self._device)  # memory is locked through the rank's own GPU
         self._images = self._with_images()
         while True:
-            self._make_ready(self._wanted.get())
+            wanted = self._wanted.get()
+            self._at = wanted.request.lora_int_id, time.monotonic()
+            self._make_ready(wanted)
+            self._at = None
 
     def _with_images(self) -> SlotImages | None:
         """Loads by one copy; without them vLLM's own way is as right, and slower."""
