@@ -36,8 +36,14 @@ async def deliveries(api: Api, path: str = "/v1/deliveries", **query: Any) -> li
     return found
 
 
-async def finish(bench: Bench, error: str | None = None, count: int = 1000) -> None:
-    """Let a worker take every queued job of the base model, and record its end."""
+async def finish(
+    bench: Bench, error: str | None = None, count: int = 1000, *, all_its: bool = True
+) -> None:
+    """Let a worker take every queued job of the base model, and record its end.
+
+    Args:
+        all_its: whether nobody else ends a job of them meanwhile.
+    """
     facts = WorkerFacts(bench.base_model_id, "test", 1, "simulated", "1", {})
     worker = await workers.register(bench.database, facts, 600)
     line = Line(bench.base_model_id, 0, DEFAULT_TENANT_ID)
@@ -48,7 +54,8 @@ async def finish(bench: Bench, error: str | None = None, count: int = 1000) -> N
         else Result(job.id, job.attempt, response='{"choices": []}')
         for job in claimed
     ]
-    assert len(await results.record(bench.database, worker, ended)) == len(ended)
+    recorded = await results.record(bench.database, worker, ended)
+    assert len(recorded) == len(ended) or not all_its
 
 
 async def default_secret(api: Api) -> str:
