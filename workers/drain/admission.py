@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from core.adapter_rules import BaseFacts, Finding, check, parse_config
 from core.errors import AdapterInvalid, AdapterRejected, StoreUnavailable, Unavailable
@@ -26,6 +26,9 @@ from workers.drain.slots import Slots
 from workers.engine.protocol import AdapterLoadError, Engine, LocalAdapter, ProbeResult
 
 log = logging.getLogger(__name__)
+
+#: How long a death of the engine may take to be heard of here, once its jobs have come back.
+DEATH_TOLD_SECONDS: Final = 0.01
 
 
 class Admission:
@@ -87,8 +90,10 @@ class Admission:
             EngineDead: the engine died of it.
         """
         claim, loaded = self._claim, self._loaded
-        assert claim is not None and loaded is not None
-        self._began = self._dead is not None and not self._dead.done()
+        assert claim is not None and loaded is not None and self._dead is not None
+        # the slot may be free because the engine has died just now: that is told a little later
+        await asyncio.wait({self._dead}, timeout=DEATH_TOLD_SECONDS)
+        self._began = not self._dead.done()
         started = time.monotonic()
         try:
             await self._slots.load(claim.version_id)
