@@ -59,10 +59,9 @@ class ReadAheadExtension:
         """
         version, name, path = adapter
         request = LoRARequest(name, version, path)
-        reader = self._reader()
-        if reader is not None and not wait and not reader.has(request):
-            return None
-        if reader is not None:
+        if (reader := self._reader()) is not None:
+            if not wait and not reader.has(request):
+                return None
             reader.hand_over(version)
         added: bool = self.add_lora(request)  # type: ignore[attr-defined]
         return added
@@ -152,7 +151,8 @@ class _Reader:
         return late or not self._thread.is_alive()
 
     def hand_over(self, version: int) -> None:
-        """An adapter that vLLM has in memory is loaded now: with its image, if that is made."""
+        """An adapter is loaded now: with its image, if vLLM has it in memory and that is made."""
+        self._next = None
         if self._images is None or (lora := self._images.in_memory(version)) is None:
             return
         _, future = self._ahead.pop(version, ("", None))
@@ -174,7 +174,6 @@ class _Reader:
 
     def _load(self, request: Any) -> Any:
         """In place of vLLM's own: what was read, or is being read, is not read again."""
-        self._next = None
         path, future = self._ahead.pop(request.lora_int_id, ("", None))
         if future is None or path != request.lora_path or future.cancel():
             return self._read(request)
@@ -188,9 +187,7 @@ class _Reader:
             torch.cuda.set_device(self._device)  # memory is locked through the rank's own GPU
         self._images = self._with_images()
         while True:
-            wanted = self._wanted.get()
-            self._at = wanted.request.lora_int_id, time.monotonic()
-            self._make_ready(wanted)
+            self._make_ready(self._wanted.get())  # no name for it: it would keep an image alive
             self._at = None
 
     def _with_images(self) -> SlotImages | None:
@@ -208,8 +205,9 @@ class _Reader:
     def _make_ready(self, wanted: _Wanted) -> None:
         if not wanted.future.set_running_or_notify_cancel():
             return
+        self._at = wanted.request.lora_int_id, time.monotonic()
         try:
-            lora = wanted.kept or self._read(wanted.request)
+            lora = self._read(wanted.request) if wanted.kept is None else wanted.kept
             image = self._images.make(lora) if self._images else None
             wanted.future.set_result(_Read(lora, image))
         except BaseException as error:  # whatever a broken file makes vLLM raise
