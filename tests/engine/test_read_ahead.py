@@ -1,6 +1,7 @@
 """Adapters read ahead by the real engine: their load needs the files no more, and says no other."""
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -37,16 +38,19 @@ def spoil(adapter: LocalAdapter) -> Callable[[], None]:
     return mend
 
 
-def stall(adapter: LocalAdapter) -> Callable[[], None]:
+def stall(adapter: LocalAdapter, *, for_good: bool = False) -> Callable[[], None]:
     """Make an adapter's configuration a pipe, which is read once somebody writes to it; returns
-    what writes to it."""
+    what writes to it, and leaves a file there for who reads it again, or nothing to be read."""
     config = Path(adapter.path, "adapter_config.json")
     text = config.read_text()
-    config.unlink()
+    whole = config.rename(config.with_suffix(".whole"))
     os.mkfifo(config)
 
     def go_on() -> None:
-        config.write_text(text)
+        with config.open("w") as pipe:
+            if not for_good:
+                whole.replace(config)
+            pipe.write(text)
 
     return go_on
 
@@ -188,3 +192,30 @@ async def test_a_file_that_hangs_holds_up_no_other_adapter(
     assert await hanging
     for adapter in (hangs, fine):
         await calls.remove(adapter.lora_int_id)
+
+
+async def test_the_second_of_a_kind_is_not_read_vllms_way(
+    vllm_engine: Engine, tmp_path: Path
+) -> None:
+    """Which would read the configuration a second time, and find nothing more in the pipe."""
+    from vllm.lora.request import LoRARequest
+
+    first, second = (write_adapter(tmp_path / str(i), i) for i in (871, 872))
+    await vllm_engine.load_adapter(first)
+    go_on = stall(second, for_good=True)
+    calls: Any = vllm_engine._calls.adapters  # type: ignore[attr-defined]
+    request = LoRARequest(second.lora_name, second.lora_int_id, second.path)
+    loading = asyncio.create_task(calls._added(request, busy=True))
+    await asyncio.to_thread(go_on)
+    try:
+        assert await asyncio.wait_for(loading, 60)
+    finally:
+        let_go(second)
+    for adapter in (first, second):
+        await calls.remove(adapter.lora_int_id)
+
+
+def let_go(adapter: LocalAdapter) -> None:
+    """Whoever still waits for something to be read from a pipe finds its end."""
+    with contextlib.suppress(OSError):  # nobody does
+        os.close(os.open(Path(adapter.path, "adapter_config.json"), os.O_WRONLY | os.O_NONBLOCK))

@@ -4,82 +4,13 @@ from typing import Any
 
 import pytest
 
+from tests.support.lora_slots import SLOTS, adapter, manager_of
+
 torch = pytest.importorskip("torch")
 
 pytestmark = [pytest.mark.vllm]
 
-_SLOTS = 3
-_RANK = 8
-_WIDTH = 24
-#: Of each linear layer the widths of its slices.
-_LAYERS = {"qkv_proj": (16, 8, 8), "o_proj": (24,), "gate_up_proj": (40, 40), "down_proj": (24,)}
-_PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def manager_of(device: str) -> Any:
-    """vLLM's manager over its own layers, without the model, which no test here needs."""
-    from vllm.lora.layers import column_parallel_linear, row_parallel_linear
-    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-    from vllm.lora.model_manager import AdapterLRUCache, LRUCacheLoRAModelManager
-
-    classes: dict[str, type[BaseLinearLayerWithLoRA]] = {
-        "qkv_proj": column_parallel_linear.MergedQKVParallelLinearWithLoRA,
-        "gate_up_proj": column_parallel_linear.MergedColumnParallelLinearWithLoRA,
-        "o_proj": row_parallel_linear.RowParallelLinearWithLoRA,
-        "down_proj": row_parallel_linear.RowParallelLinearWithLoRA,
-    }
-
-    def layer(name: str) -> Any:
-        made: Any = object.__new__(classes[name])
-        torch.nn.Module.__init__(made)
-        made.tp_size, made.n_slices = 1, len(_LAYERS[name])
-        made.lora_a_stacked, made.lora_b_stacked = (
-            tuple(
-                torch.randn(_SLOTS, 1, *shape, dtype=torch.bfloat16, device=device)
-                for shape in shapes
-            )
-            for shapes in (
-                [(_RANK, _WIDTH)] * len(_LAYERS[name]),
-                [(width, _RANK) for width in _LAYERS[name]],
-            )
-        )
-        return made
-
-    manager: Any = LRUCacheLoRAModelManager.__new__(LRUCacheLoRAModelManager)
-    manager.modules = {f"layers.{i}.{name}": layer(name) for i in range(2) for name in _LAYERS}
-    manager.packed_modules = {
-        f"layers.{i}.{name}": [f"layers.{i}.{part}" for part in parts]
-        for i in range(2)
-        for name, parts in _PACKED.items()
-    }
-    manager.lora_config = type("Config", (), {"max_loras": _SLOTS, "max_cpu_loras": 2 * _SLOTS})
-    manager.is_pooling_model = manager._is_moe = manager._is_3d_moe_model = False
-    manager._enable_mixed_moe_lora_format = manager._enable_moe_shared_loras = False
-    manager.lora_index_to_id = [None] * _SLOTS
-    manager._registered_adapters = AdapterLRUCache(2 * _SLOTS, manager.deactivate_adapter)
-    manager._active_adapters = AdapterLRUCache(_SLOTS, manager._deactivate_adapter)
-    return manager
-
-
-def adapter(number: int, *, rank: int, parts: tuple[str, ...]) -> Any:
-    """An adapter on these projections, its weights drawn from `number`."""
-    from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.lora_weights import LoRALayerWeights
-
-    drawn = torch.Generator().manual_seed(number)
-    widths = {name: made[0] for name, made in _LAYERS.items() if name not in _PACKED}
-    for name, names in _PACKED.items():
-        widths |= dict(zip(names, _LAYERS[name], strict=True))
-    loras = {}
-    for i in range(2):
-        for part in parts:
-            a = torch.randn(rank, _WIDTH, generator=drawn).bfloat16()
-            b = torch.randn(widths[part], rank, generator=drawn).bfloat16()
-            name = f"layers.{i}.{part}"
-            loras[name] = LoRALayerWeights(name, rank, 3 * rank, a, b)
-    return LoRAModel(number, rank, loras)
-
 
 #: Full, a lower rank, only some projections (one alone of a packed layer), and those that another
 #: had in the slot before.
@@ -155,7 +86,7 @@ def test_an_evicted_adapter_comes_back_from_memory() -> None:
     manager = manager_of("cpu")
     images = slot_images(manager, torch.device("cpu"))
     assert images is not None
-    several = [adapter(number, **_ADAPTERS[0]) for number in range(1, _SLOTS + 2)]
+    several = [adapter(number, **_ADAPTERS[0]) for number in range(1, SLOTS + 2)]
     for one in several:
         one.lorry_image = images.make(one)
         manager.add_adapter(one)
@@ -173,7 +104,7 @@ def test_what_is_in_memory_gets_an_image_for_its_next_slot() -> None:
     manager = manager_of("cpu")
     images = slot_images(manager, torch.device("cpu"))
     assert images is not None
-    for number in range(1, _SLOTS + 2):
+    for number in range(1, SLOTS + 2):
         manager.add_adapter(adapter(number, **_ADAPTERS[0]))
         manager.activate_adapter(number)
     kept = images.in_memory(1)

@@ -19,6 +19,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
+from workers.engine.vllm_file_layouts import FileLayouts
 from workers.engine.vllm_slot_images import Image, SlotImages, slot_images
 
 _log = init_logger(__name__)
@@ -110,6 +111,7 @@ class _Reader:
         self._device = device
         self._read = manager._load_adapter  # noqa: SLF001 - vLLM has no other place
         self._images: SlotImages | None = None
+        self._files: FileLayouts | None = None
         self._ahead: dict[int, tuple[str, Future[_Read]]] = {}
         self._wanted: PriorityQueue[_Wanted] = PriorityQueue()
         self._numbers = itertools.count()
@@ -185,7 +187,9 @@ class _Reader:
     def _run(self) -> None:
         if getattr(self._device, "type", "cpu") == "cuda":
             torch.cuda.set_device(self._device)  # memory is locked through the rank's own GPU
-        self._images = self._with_images()
+        if (images := self._with_images()) is not None:
+            slots = self._manager._adapter_manager  # noqa: SLF001
+            self._images, self._files = images, FileLayouts(slots, self._read, images)
         while True:
             self._make_ready(self._wanted.get())  # no name for it: it would keep an image alive
             self._at = None
@@ -207,11 +211,16 @@ class _Reader:
             return
         self._at = wanted.request.lora_int_id, time.monotonic()
         try:
-            lora = self._read(wanted.request) if wanted.kept is None else wanted.kept
-            image = self._images.make(lora) if self._images else None
-            wanted.future.set_result(_Read(lora, image))
+            wanted.future.set_result(self._ready(wanted.request, wanted.kept))
         except BaseException as error:  # whatever a broken file makes vLLM raise
             wanted.future.set_exception(error)
+
+    def _ready(self, request: Any, kept: Any) -> _Read:
+        if self._images is None or self._files is None:
+            return _Read(self._read(request) if kept is None else kept, None)
+        if kept is not None:
+            return _Read(kept, self._images.make(kept))
+        return _Read(*self._files.read(request))
 
 
 def _succeeded(future: Future[_Read]) -> bool:

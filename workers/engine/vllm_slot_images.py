@@ -69,8 +69,9 @@ class SlotImages:
     def _prepare(self, linear: dict[str, Any]) -> None:
         on_gpu = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if on_gpu else None
-        self._draft = torch.zeros(sum(self._sizes), dtype=self._stacked[0].dtype, pin_memory=on_gpu)
-        pieces = iter(self._pieces(self._draft))
+        #: one slot on the host, for the reader's thread to write
+        self.draft = torch.zeros(sum(self._sizes), dtype=self._stacked[0].dtype, pin_memory=on_gpu)
+        pieces = iter(self._pieces(self.draft))
         self._drafted = {name: _elsewhere(module, pieces) for name, module in linear.items()}
         #: what came into vLLM's memory since, as long as it is there
         self._kept: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -99,28 +100,36 @@ class SlotImages:
         return self._kept.get(lora_id) if lora_id in self._manager.list_adapters() else None
 
     def make(self, lora: Any) -> Image | None:
-        """Merge a `LoRAModel` as a load does, and make its image where there is room for one.
+        """Make a `LoRAModel`'s image where there is room for one. It is merged, as a load does it,
+        unless it was read into a slot at once (`lorry_slot`, in vllm_file_layouts.py).
 
         Raises:
             Exception: what vLLM raises for an adapter that does not fit the model.
         """
+        if (slot := getattr(lora, "lorry_slot", None)) is not None:
+            self.draft.copy_(slot())
+            return self.sent()
         self._merge_once(lora)
-        self._draft.zero_()
+        self.draft.zero_()
         for name, module in self._drafted.items():
             weights = self._manager._get_lora_layer_weights(lora, name)  # noqa: SLF001
             if weights:
                 module.set_lora(0, weights.lora_a, weights.lora_b)
-        return self._sent()
+        return self.sent()
 
-    def _sent(self) -> Image | None:
+    def beyond(self, lora: Any) -> bool:
+        """Whether an adapter adapts modules that no image has."""
+        return any(self._manager._get_lora_layer_weights(lora, name) for name in self._others)  # noqa: SLF001
+
+    def sent(self) -> Image | None:
         """The pieces of what is drafted, on the device."""
         if self._stream is None:
-            return self._pieces(self._draft.clone())
+            return self._pieces(self.draft.clone())
         free, _ = torch.cuda.mem_get_info(self._device)
-        if free < _LEFT_FREE + self._draft.nbytes:
+        if free < _LEFT_FREE + self.draft.nbytes:
             return None
         with torch.cuda.stream(self._stream):
-            image = self._draft.to(self._device, non_blocking=True)
+            image = self.draft.to(self._device, non_blocking=True)
         self._stream.synchronize()  # the next draft may be written, and this one placed
         return self._pieces(image)
 
@@ -139,6 +148,8 @@ class SlotImages:
         """In place of vLLM's `activate_adapter`, which fills what is not linear."""
         lora = self._manager.get_adapter(lora_id)
         image: Image | None = getattr(lora, "lorry_image", None)
+        if image is None and hasattr(lora, "lorry_slot"):
+            image = self._pieces(lora.lorry_slot())
         if image is None:
             return bool(self._activate(lora_id))
         modules, self._manager.modules = self._manager.modules, self._others
@@ -149,7 +160,7 @@ class SlotImages:
         if activated:
             slot = self._manager.lora_index_to_id.index(lora_id)
             torch._foreach_copy_([tensor[slot : slot + 1] for tensor in self._stacked], image)
-            if self._stream is not None:  # its memory is another stream's
+            if image[0].is_cuda:  # its memory is another stream's
                 image[0].record_stream(torch.cuda.current_stream(self._device))
         lora.lorry_image = None  # its memory is worth more than another load of the same
         return activated
