@@ -7,6 +7,7 @@ there: the rest is done here, in a thread, while the steps before it compute. Me
 """
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ _log = init_logger(__name__)
 #: A load whose turn does not come for so long, since the thread is held up by another adapter's
 #: file, reads its own by itself.
 _PATIENCE_SECONDS: Final = 2.0
+#: Threads that copy beside a GPU's steps. By itself torch takes one for each core, all of them busy
+#: between two copies, too, and the steps' own thread would have to share its core.
+_THREADS: Final = min(4, max(1, (os.cpu_count() or 1) // 4))
 
 
 class ReadAheadExtension:
@@ -187,6 +191,7 @@ class _Reader:
     def _run(self) -> None:
         if getattr(self._device, "type", "cpu") == "cuda":
             torch.cuda.set_device(self._device)  # memory is locked through the rank's own GPU
+            torch.set_num_threads(_THREADS)
         if (images := self._with_images()) is not None:
             slots = self._manager._adapter_manager  # noqa: SLF001
             self._images, self._files = images, FileLayouts(slots, self._read, images)
