@@ -116,7 +116,8 @@ def drain(model: Model, policy: Policy) -> float:
         while model.free >= (1 if len(model.computing) + len(model.waiting) < 256 else 24):
             if turn is None:
                 lines, view = model.lines(), model.view()
-                best = policy(order(lines, view, Shares(), QUANTUM), model)
+                hungry = len(model.computing) + len(model.waiting) < MAX_NUM_SEQS
+                best = policy(order(lines, view, Shares(), QUANTUM, seats_free=hungry), model)
                 if not best:
                     break
                 turn, fed = best[0], 0

@@ -66,6 +66,40 @@ def test_past_its_bound_a_line_goes_before_a_tenant_served_less() -> None:
     assert first(lines, shares=Shares({1: 5000})) == 1
 
 
+def test_seats_that_would_stay_empty_go_to_the_longest_line() -> None:
+    lines = [waiting(1, since=9, jobs=3), waiting(2, since=1, jobs=40), waiting(3, jobs=90)]
+    others = SlotView({8: 1.0, 9: 1.0}, frozenset({8, 9}), 4)
+
+    def best(*more: WaitingLine, slots: SlotView = others, seats_free: bool = True) -> int:
+        ordered = order([*lines, *more], slots, Shares(), QUANTUM, seats_free=seats_free)
+        return ordered[0].line.adapter_version_id
+
+    assert best() == 3
+    assert best(seats_free=False) == 1
+    # one in a slot fills them; whose turn is next is a matter of age
+    assert best(waiting(9, jobs=1), waiting(4, since=QUANTUM + 1)) == 4
+    # what has waited too long or is due goes before
+    assert best(waiting(4, since=QUANTUM * 3, jobs=1)) == 4
+    assert best(waiting(4, deadline=5, jobs=1)) == 4
+    # and a tenant that was served less
+    rich = Shares({1: 5000.0})
+    ordered = order([*lines, waiting(5, tenant=2)], others, rich, QUANTUM, seats_free=True)
+    assert ordered[0].line.adapter_version_id == 5
+
+
+def test_short_lines_fill_no_seats_and_keep_their_order() -> None:
+    lines = [waiting(1, since=1, jobs=COLD_JOBS - 1), waiting(2, since=3, jobs=1)]
+    ordered = order(lines, NO_SLOTS_USED, Shares(), QUANTUM, seats_free=True)
+    assert [w.line.adapter_version_id for w in ordered] == [2, 1]
+
+
+def test_the_line_that_is_to_fill_seats_is_made_ready_first() -> None:
+    full = SlotView(dict.fromkeys(range(10, 14), 1.0), frozenset(range(10, 14)), 4)
+    lines = [waiting(i, since=i) for i in range(1, 7)] + [waiting(7, jobs=50)]
+    assert 7 not in upcoming(lines, full, Shares(), QUANTUM)
+    assert upcoming(lines, full, Shares(), QUANTUM, seats_free=True)[0] == 7
+
+
 def test_an_adapter_without_a_slot_waits_for_a_free_one_and_the_base_needs_none() -> None:
     full = SlotView({7: 1.0, 8: 1.0}, frozenset({7, 8}), 2)
     lines = [waiting(1, since=99), waiting(7), waiting(0)]

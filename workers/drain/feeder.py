@@ -192,7 +192,7 @@ class Feeder:
 
     async def _top_up(self) -> None:
         while not self._stopping and self.free >= self.window.least_chunk:
-            turn = await self._turns.current_or_next(busy=bool(self._running))
+            turn = await self._turns.current_or_next(running=len(self._running))
             self._waiting = self._turns.waiting
             self._note_room()
             while self._turns.left_partitions:  # left to another worker, who may not have heard
@@ -204,12 +204,12 @@ class Feeder:
                 await self.admission.load()
                 continue
             if self.window.room_beside(turn.line.adapter_version_id) < 1:
-                await self._turns.end_if_over(turn)
+                await self._turns.end_if_over(turn, running=len(self._running))
                 if self._turns.current is turn:
                     return
                 continue
             await self._feed(turn)
-            await self._turns.end_if_over(turn)
+            await self._turns.end_if_over(turn, running=len(self._running))
             if self._suspects.time_to_look(idle=False):
                 return
         if (turn := self._turns.current) is not None:

@@ -82,7 +82,12 @@ class Shares:
 
 
 def order(
-    lines: Sequence[WaitingLine], slots: SlotView, shares: Shares, quantum_seconds: float
+    lines: Sequence[WaitingLine],
+    slots: SlotView,
+    shares: Shares,
+    quantum_seconds: float,
+    *,
+    seats_free: bool = False,
 ) -> list[WaitingLine]:
     """The lines that may be drained now, best first.
 
@@ -94,6 +99,7 @@ def order(
         slots: the engine's slots.
         shares: tokens served lately, by tenant.
         quantum_seconds: `LORRY_QUANTUM_SECONDS`.
+        seats_free: whether the engine has fewer jobs than it computes at once.
     """
     due = [w for w in lines if w.jobs > 0]
     closed = closing(due, slots, quantum_seconds)
@@ -103,38 +109,59 @@ def order(
         if (slots.has_slot(w.line.adapter_version_id) or slots.free)
         and w.line.adapter_version_id not in closed
     ]
-    return sorted(runnable, key=_precedence(due, slots, shares, quantum_seconds))
+    filler = _filler(runnable, slots) if seats_free else None
+    return sorted(runnable, key=_precedence(due, slots, shares, quantum_seconds, filler))
 
 
 def upcoming(
-    lines: Sequence[WaitingLine], slots: SlotView, shares: Shares, quantum_seconds: float
+    lines: Sequence[WaitingLine],
+    slots: SlotView,
+    shares: Shares,
+    quantum_seconds: float,
+    *,
+    seats_free: bool = False,
 ) -> list[int]:
     """The adapter versions that will probably be loaded next, soonest first: twice as many as
     there are free slots, and never fewer than a few, since slots may come free together."""
     due = [w for w in lines if w.jobs > 0]
-    due.sort(key=_precedence(due, slots, shares, quantum_seconds))
+    filler = _filler(due, slots) if seats_free else None
+    due.sort(key=_precedence(due, slots, shares, quantum_seconds, filler))
     loads = dict.fromkeys(w.line.adapter_version_id for w in due)
     return [i for i in loads if not slots.is_ready(i)][: max(LOADS_AHEAD, 2 * slots.free)]
 
 
+def _filler(lines: Sequence[WaitingLine], slots: SlotView) -> Line | None:
+    """The line that is to take seats which stay empty for want of slots: the longest, unless one
+    that has a slot does so already. Short ones would fill no seats; they keep their order."""
+    if any(slots.has_slot(w.line.adapter_version_id) for w in lines):
+        return None
+    longest = max(lines, key=lambda w: w.jobs, default=None)
+    return longest.line if longest is not None and longest.jobs >= COLD_JOBS else None
+
+
 def _precedence(
-    due: Sequence[WaitingLine], slots: SlotView, shares: Shares, quantum_seconds: float
+    due: Sequence[WaitingLine],
+    slots: SlotView,
+    shares: Shares,
+    quantum_seconds: float,
+    filler: Line | None,
 ) -> Callable[[WaitingLine], tuple[float, ...]]:
     """What lines are sorted by, least first.
 
     Deadline-pressed ones first; then those that have waited past their bound, oldest first; then
     the tenant that was served least, where a line that needs no load has a start, for a quantum
-    at most; then the line that has waited longest for its turn.
+    at most; then the one that fills empty seats; then the line that has waited longest.
     """
     overdue_after = quantum_seconds * -(-len(due) // max(1, slots.shared))
 
     def key(w: WaitingLine) -> tuple[float, ...]:
         ready = slots.is_ready(w.line.adapter_version_id) or w.since_seconds > quantum_seconds
-        start = RESIDENT_TOKENS if ready else 0
+        start = RESIDENT_TOKENS if ready or w.line == filler else 0
         return (
             w.deadline_seconds if _pressed(w) and w.deadline_seconds is not None else 1e18,
             -w.since_seconds if w.since_seconds > overdue_after else 0.0,
             shares.of(w.line.tenant_id) - start,
+            w.line != filler,
             -w.since_seconds,
         )
 

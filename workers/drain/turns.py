@@ -20,7 +20,6 @@ from db.waiting import Line
 from workers.drain.fold import Choice
 from workers.drain.neighbours import Neighbours
 from workers.drain.planner import (
-    Shares,
     SlotView,
     left_to_others,
     may_finish,
@@ -32,6 +31,8 @@ from workers.drain.shares import Served
 from workers.drain.slots import Slots
 from workers.metrics import Waiting
 
+#: Lines left with jobs that a look shows, wherever they stand: they may fill seats again.
+LEFT_LONG: Final = 16
 #: A line whose jobs are not due yet (they wait out a retry) is left alone this long.
 COOL_DOWN_SECONDS: Final = 0.25
 
@@ -112,6 +113,8 @@ class Turns:
         #: lines of this worker's own: a probe that wants a slot (admission.py)
         self.own_lines: Callable[[], list[WaitingLine]] = list
         self._left_until: dict[Line, float] = {}
+        #: adapter versions whose lines had jobs left when their turns ended, latest last
+        self._left_long: dict[int, None] = {}
         self._served = Served()
         self.current: Turn | None = None
         #: what the last look showed
@@ -123,14 +126,14 @@ class Turns:
         #: partitions with a line that was newly left to others: they want a ring
         self.left_partitions: set[int] = set()
 
-    async def current_or_next(self, *, busy: bool) -> Turn | None:
+    async def current_or_next(self, *, running: int) -> Turn | None:
         """The open turn, or a new one for the line that the planner puts first.
 
         Args:
-            busy: whether the engine has jobs.
+            running: jobs in the engine.
         """
         if self.current is None:
-            seen = await self._look(busy)
+            seen = await self._look(running)
             if seen.best:
                 self.current = Turn(seen.best[0], *self._allowed(seen))
             blocked = Waiting.SLOT if seen.lines else Waiting.NOTHING
@@ -169,11 +172,15 @@ class Turns:
         """Jobs of a tenant were fed."""
         self._served.add(tenant_id, tokens)
 
-    async def end_if_over(self, turn: Turn) -> None:
-        """End a turn whose time is over, if another line can use it."""
+    async def end_if_over(self, turn: Turn, *, running: int) -> None:
+        """End a turn whose time is over, if another line can use it.
+
+        Args:
+            running: jobs in the engine.
+        """
         if not turn.over or self.current is not turn:
             return
-        look = await self._look(busy=True)
+        look = await self._look(running)
         seen = next((w for w in look.lines if w.line == turn.line), None)
         # none is best where this line is closing and no other has a slot yet
         if seen is None or not look.best or look.best[0].line != turn.line:
@@ -199,15 +206,20 @@ class Turns:
         left = await claims.end_turn(self._database, turn.line)
         if left and not turn.fed:
             self._cool_until[turn.line] = time.monotonic() + COOL_DOWN_SECONDS
+        self._left_long.pop(turn.line.adapter_version_id, None)
+        if left:
+            self._left_long[turn.line.adapter_version_id] = None
+        while len(self._left_long) > LEFT_LONG:
+            del self._left_long[next(iter(self._left_long))]
 
-    async def _look(self, busy: bool) -> Seen:
+    async def _look(self, running: int) -> Seen:
         everything = self._partitions is None and self._adapters is None
         found = await claims.look(
             self._database,
             self._base_model_id,
             partitions=self._partitions,
             adapters=self._adapters,
-            resident=self._slots.resident,
+            resident=self._slots.resident | self._left_long.keys(),
             without=self._neighbours.partitions if everything else (),
             highest_rank=self._slots.highest_rank,
         )
@@ -218,13 +230,15 @@ class Turns:
                 await self._settle_empty(waiting.line)
         due = [w for w in found if w.jobs and w.line not in self._cool_until]
         slots = self._slots.view()
-        lines = self._without_left(due, slots, busy) + self.own_lines()
+        lines = self._without_left(due, slots, running > 0) + self.own_lines()
         if self.current is not None:  # it has its turn: its place in line is the last
             mine = self.current.line
             lines = [replace(w, since_seconds=0.0) if w.line == mine else w for w in lines]
         shares = self._served.shares({w.line.tenant_id for w in lines})
-        self._prefetch(lines, slots, shares)
-        best = order(lines, slots, shares, self._quantum_seconds)
+        seats_free = running < self._max_num_seqs
+        soon = upcoming(lines, slots, shares, self._quantum_seconds, seats_free=seats_free)
+        self._slots.prefetch(soon)
+        best = order(lines, slots, shares, self._quantum_seconds, seats_free=seats_free)
         version, feed = self._fold
         if version is not None and feed:
             best.sort(key=lambda w: w.line.adapter_version_id != version)
@@ -244,9 +258,6 @@ class Turns:
         )
         self._left_until = {line: now + seconds for line, seconds in left.items()}
         return [w for w in due if w.line not in left]
-
-    def _prefetch(self, lines: Sequence[WaitingLine], slots: SlotView, shares: Shares) -> None:
-        self._slots.prefetch(upcoming(lines, slots, shares, self._quantum_seconds))
 
     async def _settle_empty(self, line: Line) -> None:
         """A line with nothing due leaves the list, or is left alone for a moment."""
