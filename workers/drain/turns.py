@@ -32,7 +32,7 @@ from workers.drain.slots import Slots
 from workers.metrics import Waiting
 
 #: Lines left with jobs that a look shows, wherever they stand: they may fill seats again.
-LEFT_LONG: Final = 16
+UNEMPTIED: Final = 16
 #: A line whose jobs are not due yet (they wait out a retry) is left alone this long.
 COOL_DOWN_SECONDS: Final = 0.25
 
@@ -114,7 +114,7 @@ class Turns:
         self.own_lines: Callable[[], list[WaitingLine]] = list
         self._left_until: dict[Line, float] = {}
         #: adapter versions whose lines had jobs left when their turns ended, latest last
-        self._left_long: dict[int, None] = {}
+        self._unemptied: dict[int, None] = {}
         self._served = Served()
         self.current: Turn | None = None
         #: what the last look showed
@@ -206,11 +206,11 @@ class Turns:
         left = await claims.end_turn(self._database, turn.line)
         if left and not turn.fed:
             self._cool_until[turn.line] = time.monotonic() + COOL_DOWN_SECONDS
-        self._left_long.pop(turn.line.adapter_version_id, None)
+        self._unemptied.pop(turn.line.adapter_version_id, None)
         if left:
-            self._left_long[turn.line.adapter_version_id] = None
-        while len(self._left_long) > LEFT_LONG:
-            del self._left_long[next(iter(self._left_long))]
+            self._unemptied[turn.line.adapter_version_id] = None
+        while len(self._unemptied) > UNEMPTIED:
+            del self._unemptied[next(iter(self._unemptied))]
 
     async def _look(self, running: int) -> Seen:
         everything = self._partitions is None and self._adapters is None
@@ -219,7 +219,7 @@ class Turns:
             self._base_model_id,
             partitions=self._partitions,
             adapters=self._adapters,
-            resident=self._slots.resident | self._left_long.keys(),
+            resident=self._slots.resident | self._unemptied.keys(),
             without=self._neighbours.partitions if everything else (),
             highest_rank=self._slots.highest_rank,
         )

@@ -106,8 +106,8 @@ class SlotImages:
         Raises:
             Exception: what vLLM raises for an adapter that does not fit the model.
         """
-        if (slot := getattr(lora, "lorry_slot", None)) is not None:
-            self.draft.copy_(slot())
+        if hasattr(lora, "lorry_slot"):
+            lora.lorry_slot(self.draft)
             return self.sent()
         self._merge_once(lora)
         self.draft.zero_()
@@ -149,7 +149,8 @@ class SlotImages:
         lora = self._manager.get_adapter(lora_id)
         image: Image | None = getattr(lora, "lorry_image", None)
         if image is None and hasattr(lora, "lorry_slot"):
-            image = self._pieces(lora.lorry_slot())
+            lora.lorry_slot(slot := torch.empty_like(self.draft))
+            image = self._pieces(slot)
         if image is None:
             return bool(self._activate(lora_id))
         modules, self._manager.modules = self._manager.modules, self._others
@@ -158,8 +159,8 @@ class SlotImages:
         finally:
             self._manager.modules = modules
         if activated:
-            slot = self._manager.lora_index_to_id.index(lora_id)
-            torch._foreach_copy_([tensor[slot : slot + 1] for tensor in self._stacked], image)
+            index = self._manager.lora_index_to_id.index(lora_id)
+            torch._foreach_copy_([tensor[index : index + 1] for tensor in self._stacked], image)
             if image[0].is_cuda:  # its memory is another stream's
                 image[0].record_stream(torch.cuda.current_stream(self._device))
         lora.lorry_image = None  # its memory is worth more than another load of the same

@@ -80,23 +80,22 @@ class SlotLayout:
 
     def lora(self, version: int) -> Any:
         """The adapter that was written last, for vLLM to keep. Its tensors are in its `lorry_slot`
-        alone, which is a slot when it is called, and takes no more memory than vLLM's would."""
+        alone, which writes a whole slot, and takes no more memory than vLLM's would."""
         lora = copy.copy(self._lora)
         lora.id = version
         sizes = [place.numel() for place in self._places]
         kept = torch.empty(sum(sizes), dtype=self._draft.dtype).split(sizes)
         torch._foreach_copy_(self._shaped(kept), self._places)
-        lora.lorry_slot = lambda: self._slot(kept)
+        lora.lorry_slot = lambda slot: self._restore(kept, slot)
         return lora
 
-    def _slot(self, kept: Sequence[torch.Tensor]) -> torch.Tensor:
-        slot = torch.zeros_like(self._draft)
+    def _restore(self, kept: Sequence[torch.Tensor], slot: torch.Tensor) -> None:
+        slot.zero_()
         places = [
             slot.as_strided(place.size(), place.stride(), place.storage_offset())
             for place in self._places
         ]
         torch._foreach_copy_(places, self._shaped(kept))
-        return slot
 
     def _shaped(self, kept: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [one.view(place.size()) for one, place in zip(kept, self._places, strict=True)]
